@@ -1,0 +1,38 @@
+"""Amber-7B as LLM360 published it: LLaMA-7B, 360 chunks of AmberDatasets, one epoch.
+
+Numbers are from the released code, LLM360/amber-train (main.py, main_utils.py), unless said
+otherwise. Where the paper and the code disagree, the comment says which is followed.
+"""
+
+# model: LLaMA-7B. 6,738,415,616 parameters
+n_layer = 32
+n_head = 32  # heads of 128
+n_embd = 4096
+n_inner = 11008
+vocab_size = 32000
+seq_len = 2048
+norm_eps = 1e-6
+rope_theta = 10000.0
+init_std = 0.02  # every matrix, no depth scaling: modeling_llama.py, _init_weights
+
+# data: 360 chunks x 1,706,976 rows x 2,049 tokens = 1.259T tokens
+tokenizer = "tokenizer.model"  # LLaMA's, as published in LLM360/Amber
+tokenizer_sha256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+n_chunks = 360
+rows_per_chunk = 1_706_976
+seed = 11111
+
+# optimizer: AdamW, decay on everything: the released code has one group, norms and embedding in it
+lr = 3e-4
+min_lr = 3e-5
+schedule = "cosine"
+warmup_steps = 2000
+decay_steps = 274_320  # 762 a chunk x 360; the 96 rows a chunk that fill no batch are left out
+epochs = 1
+batch_size = 2240  # rows of 2048 = 4.59M tokens; 224 GPUs x 10 rows
+micro_batch_size = 10
+weight_decay = 0.1
+grad_clip = 1.0
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-8  # not set by the released code: torch's default

@@ -1,0 +1,30 @@
+"""Amber in small: the whole pipeline on two CPU cores in a few minutes.
+
+The text is what every Python brings along, its own standard library: half of the files give their
+code, the others their docstrings. 3.3M parameters, 2.1M tokens, eight chunks, eight checkpoints.
+"""
+
+# data: 8 chunks x 1024 rows x 257 tokens = 2.1M tokens
+sources = [
+    dict(name="code", path="stdlib:code", weight=0.7, licence="PSF-2.0"),
+    dict(name="prose", path="stdlib:prose", weight=0.3, licence="PSF-2.0"),
+]
+tokenizer = "bpe"  # trained on the text itself
+vocab_size = 4096
+seq_len = 256
+n_chunks = 8
+rows_per_chunk = 1024
+valid_share = 0.05
+valid_rows = 128
+
+# model: Amber's shape, its width divided by 21 and its depth by 8
+n_layer = 4
+n_head = 6  # heads of 32
+n_embd = 192
+n_inner = 512  # 8/3 of n_embd
+
+# optimizer: Amber's, with the larger rate that so small a model bears
+lr = 4e-3
+min_lr = 4e-4  # a tenth of lr
+warmup_steps = 50
+batch_size = 16  # rows of 256 = 4,096 tokens; 64 steps a chunk, 512 in all
