@@ -15,7 +15,6 @@ are (out, in). The equations are LLaMA's (arXiv 2302.13971), as Amber-7B used th
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configs import CHECKPOINT, ModelConfig, Stop, read_sealed, sha256_file
+from configs import CHECKPOINT, ENVIRONMENT, ModelConfig, Stop, read_sealed, sha256_file
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values (B, H_kv, seq_len, D)
 
@@ -311,8 +310,10 @@ def init_weights(model: Transformer, seed: int) -> None:
         if std is None:
             p.fill_(1.0)
             continue
-        # Drawn in fp32 on the CPU: other devices have other generators.
-        generator = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+        # Drawn in fp32 on the CPU: other devices have other generators. Its generator looks at the
+        # low 32 bits of a seed alone, so seed and name are hashed into them.
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
 
@@ -341,6 +342,16 @@ def flops_per_token(config: ModelConfig) -> float:
     C_kv = C // config.n_head * (config.n_kv_head or config.n_head)
     N_mm = L * (2 * C * C + 2 * C * C_kv + 3 * C * F_) + V * C
     return 6 * N_mm + 12 * L * C * config.seq_len
+
+
+def choose_device(want: str) -> torch.device:
+    """auto: the best there is; else what was asked for. Raises Stop if that is not there."""
+    have = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    have += ["cpu"]
+    if want not in ("auto", *have):
+        raise Stop(ENVIRONMENT, f"device={want}, but torch finds only {', '.join(have)} here; give "
+                   "--device=auto")
+    return torch.device(have[0] if want == "auto" else want)
 
 
 # ---- what lies in a folder -----------------------------------------------------------------------

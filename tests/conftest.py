@@ -1,0 +1,32 @@
+"""What the tests share: the repository on sys.path, the prepared demo, the developers' data."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """The folder of configs/demo.py's whole data set, prepared once for all tests: data/demo."""
+    import prepare
+    root, before = tmp_path_factory.mktemp("demo"), Path.cwd()
+    os.chdir(root)
+    try:
+        prepare.main([str(REPO / "configs/demo.py")])
+    finally:
+        os.chdir(before)
+    return root / "data" / "demo"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data that developers have beside the repository, and that is never part of it."""
+    folder = REPO.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside the repository")
+    return folder
