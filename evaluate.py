@@ -108,15 +108,16 @@ def read_examples(options: EvaluateOptions, task: Task, split: str) -> list[Exam
     if not path.is_file():
         raise Stop(DATA, f"{path} not found; expected one json object per line, fields named as on "
                    f"the Hugging Face hub, in DIR/{task.name}/{split}.jsonl: give --data_dir=DIR")
-    with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028
-        for number, line in enumerate(file, 1):
-            try:
-                examples.append(Example(row := json.loads(line), *task.read(row)))
-                if not 0 <= examples[-1].gold < len(examples[-1].choices):
-                    raise ValueError(f"answer {examples[-1].gold} is none of the choices")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Stop(DATA, f"{path}:{number}: not a row of {task.name} as the hub has it: "
-                           f"{type(error).__name__}: {error}") from error
+    try:
+        with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028
+            for line in file:
+                one = Example(row := json.loads(line), *task.read(row))
+                if not 0 <= one.gold < len(one.choices):
+                    raise ValueError(f"answer {one.gold} is none of the choices")
+                examples.append(one)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Stop(DATA, f"{path}:{len(examples) + 1}: not a row of {task.name} as the hub has it: "
+                   f"{type(error).__name__}: {error}") from error
     if not examples:
         raise Stop(DATA, f"{path} holds no rows; expected one json object per line")
     return examples
@@ -268,12 +269,15 @@ def data_of(folder: Path) -> tuple[Path, dict]:
     """The data set a checkpoint was trained on and its manifest, by the run.json beside it."""
     path = folder.resolve().parent / "run.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["config"]["data"]["dataset"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        data, data_hash = Path("data", content["config"]["data"]["dataset"]), content["data_hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Stop(DATA, f"no run.json that names a data set beside {folder} ({error!r}): `valid` "
                    "scores the held-out rows of a run's own data; give a checkpoint in out/<run>/"
                    ) from error
-    return Path("data") / name, read_manifest(Path("data") / name)
+    if (manifest := read_manifest(data))["data_hash"] != data_hash:
+        raise Stop(DATA, f"{data} is not what {folder} was trained on; prepare that again")
+    return data, manifest
 
 
 def score_valid(ckpt: Checkpoint, folder: Path) -> list[Scores]:
@@ -300,6 +304,7 @@ def check(word: str, options: EvaluateOptions) -> list[Path]:
     if not checkpoints:
         raise Stop(CHECKPOINT, f"no checkpoint at {word}; expected a folder with a config.json, "
                    "such as out/demo/ckpt_007, or a run's folder with ckpt_000, ckpt_001, ...")
+    choose_device(options.device)  # stops if it is not there
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise Stop(USAGE, f"--output={options.output}: its folder does not exist; make it first")
     for name in names:
@@ -328,10 +333,9 @@ def check(word: str, options: EvaluateOptions) -> list[Path]:
         if "valid" not in names:
             continue
         data, manifest = data_of(folder)
-        if (tokenizer.spec()["sha256"] != manifest["tokenizer"]["sha256"]
-                or manifest["seq_len"] > config.seq_len):
-            raise Stop(DATA, f"{data} was made with another tokenizer or longer rows than {folder} "
-                       "takes; prepare the run's data again")
+        if tokenizer.spec()["sha256"] != manifest["tokenizer"]["sha256"]:
+            raise Stop(DATA, f"{data} was made with another tokenizer than {folder}'s; give the "
+                       "run's own by --tokenizer=FILE")
         if not any(source["valid_rows"] for source in manifest["sources"]):
             raise Stop(DATA, f"{data} has no held-out rows; prepare it with --valid_rows=128")
     return checkpoints

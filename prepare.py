@@ -41,11 +41,12 @@ from tqdm import tqdm
 
 from configs import (DATA, SECTIONS, USAGE, Config, DataConfig, Source, Stop, key, load,
                      read_sealed, run, say, sha256_file, sync, write_sealed)
-from extras.sources import Corpus, documents, open_corpus
+from extras.sources import Corpus, blocks, documents, open_corpus, pieces
 
 FORMAT = 1  # of data/<dataset>/: readers refuse another
-BLOCK = 1 << 20  # characters tokenized at once: bounds memory, and no document is too long
+BATCH = 1 << 20  # characters sent to a worker at once
 TOKENIZER_SAMPLE = 8_000_000  # characters a new tokenizer is trained on
+MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the numbers
 HELD_OUT = -1  # the "epoch" of held-out rows in the provenance tables
 FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
 EOT = "<|endoftext|>"  # what tiktoken calls EOS
@@ -72,26 +73,6 @@ def permutation(n: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
-
-def blocks(texts: Iterator[str] | list[str]) -> Iterator[str]:
-    """Cut a text that comes in parts into pieces of about BLOCK characters, never an empty one.
-
-    Cuts fall in front of a blank that follows a non-blank, where no piece of a sentencepiece BPE
-    crosses: the ids are those of the whole text. Only BLOCK characters without one are cut blindly.
-    """
-    rest = ""
-    for text in texts:
-        rest += text
-        while len(rest) > BLOCK:
-            cut = BLOCK
-            while cut > BLOCK // 2 and not (rest[cut] == " " and not rest[cut - 1].isspace()):
-                cut -= 1
-            cut = cut if cut > BLOCK // 2 else BLOCK
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
-
 
 class Tokenizer:
     """Text <-> token ids, by sentencepiece (.model) or tiktoken (.tiktoken, a file of ranks).
@@ -131,8 +112,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, with neither BOS nor EOS."""
-        pieces = enumerate(blocks([text]))
-        return [i for n, piece in pieces for i in self.encode_piece(piece, first=n == 0)]
+        return [i for n, part in enumerate(blocks([text]))
+                for i in self.encode_piece(part, first=n == 0)]
 
     def encode_piece(self, text: str, first: bool) -> list[int]:
         """The ids of a piece of a document, which is its first one or follows another."""
@@ -172,7 +153,7 @@ class Tokenizer:
         return next((text for text, i in self.special_tokens.items() if i == special), None)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def read_tokenizer(file: str, spec: str) -> Tokenizer:
     """The tokenizer of a file; `spec` is json of what the file cannot say. Raises Stop(DATA)."""
     kind = "tiktoken" if file.endswith(".tiktoken") else "sentencepiece"
@@ -206,7 +187,7 @@ def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer:
                    f"ranks{expected}; a published checkpoint of the family has it as "
                    "tokenizer.model: give --tokenizer=FILE")
     if sha256 and sha256_file(file) != sha256:
-        raise Stop(DATA, f"tokenizer {path} is not the one the run file names: its sha256 is "
+        raise Stop(DATA, f"tokenizer {file} is another than was named: its sha256 is "
                    f"{sha256_file(file)}, expected {sha256}")
     tokenizer = copy(read_tokenizer(str(file), json.dumps(spec)))
     llama = str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
@@ -240,22 +221,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
 
 # ---- documents -> rows -> chunks -----------------------------------------------------------------
 
-def batches(corpus: Corpus, config: Config, specials: list[str]) -> Iterator[list[tuple]]:
-    """Pieces (number of the file, line, text, first, last) in batches worth sending to a worker."""
+def batches(found: Iterator[tuple]) -> Iterator[list[tuple]]:
+    """Pieces of documents in batches that are worth sending to a worker."""
     batch, size = [], 0
-    for number, line, parts in documents(corpus, config.data, specials):
-        pieces = blocks(parts)
-        piece, following = next(pieces, ""), next(pieces, None)
-        if following is None and not piece.strip():
-            corpus.notes["blank"] += 1
-            continue
-        first = True
-        while piece is not None:
-            corpus.notes["bytes"] += len(piece.encode())
-            batch.append((number, line, piece, first, following is None))
-            size += len(piece)
-            piece, following, first = following, next(pieces, None), False
-        if size > BLOCK:
+    for piece in found:
+        batch.append(piece)
+        size += len(piece[2])
+        if size >= BATCH:
             yield batch
             batch, size = [], 0
     if batch:
@@ -294,7 +266,7 @@ def tokenize(corpus: Corpus, config: Config, tokenizer: Tokenizer, dtype: str, f
     table, at, name = [], 0, corpus.source.name
     with open(folder / f"{name}.stream", "wb") as out, tqdm(
             desc=f"tokenize {name}", unit="B", unit_scale=True, disable=None) as bar:
-        jobs = batches(corpus, config, list(tokenizer.special_tokens))
+        jobs = batches(pieces(corpus, config.data, list(tokenizer.special_tokens)))
         for batch, (ids, counts) in ordered(pool, work, jobs, 2 * workers):
             out.write(ids)
             for (number, line, text, first, _), count in zip(batch, counts, strict=True):
@@ -388,6 +360,10 @@ def deal(config: Config, folder: Path, parts: list[tuple[Part, Part]], dtype: st
             raise Stop(DATA, f"source {source.name} has {len(train.tokens)} tokens, "
                        f"{len(train.rows)} rows of {T1}: too few for {data.n_chunks} chunks; give "
                        "more text, or a smaller --n_chunks or --seq_len")
+        if (epochs := n * data.n_chunks / len(train.rows)) > MAX_EPOCHS:
+            raise Stop(DATA, f"source {source.name} has {len(train.rows)} rows and would be repeated "
+                       f"{epochs:,.0f} times, the limit is {MAX_EPOCHS}; give more text or a smaller "
+                       "--rows_per_chunk")
     way = folder / "provenance"
     for k in tqdm(range(data.n_chunks), desc="chunks", disable=None):
         picks, origin = [], []

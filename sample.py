@@ -66,6 +66,8 @@ def read_prompt(options: SampleOptions) -> str:
     """The prompt, from the command line, a file or standard input. Raises Stop(USAGE)."""
     if options.prompt_file is None:
         return options.prompt
+    if options.prompt:
+        raise Stop(USAGE, "--prompt and --prompt_file are both given; give one")
     try:
         if options.prompt_file == "-":
             if sys.stdin is None or sys.stdin.closed:
@@ -79,8 +81,6 @@ def read_prompt(options: SampleOptions) -> str:
 def check(options: SampleOptions, tokenizer: Tokenizer, model: Transformer,
           prompt: str) -> list[int]:
     """The ids to continue, after what the user gave was checked. Raises Stop(USAGE)."""
-    if options.prompt and options.prompt_file is not None:
-        raise Stop(USAGE, "--prompt and --prompt_file are both given; give one")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise Stop(USAGE, f"the tokenizer has {tokenizer.vocab_size} ids, the model "
                    f"{model.config.vocab_size}: give the model's own --tokenizer=FILE")

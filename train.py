@@ -448,7 +448,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
           found: tuple[Path, dict] | None) -> None:
     """Train from a checkpoint, or from nothing, to the last step of the plan."""
     folder = Path("data") / config.data.dataset
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, manifest["tokenizer"]["sha256"])
     model, optimizer, state = start(config, plan, place, found)
     n_rank = config.optim.batch_size // place.world  # rows of a batch on this rank
     micro = min(config.optim.micro_batch_size or n_rank, n_rank)
@@ -467,7 +467,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
     runner: torch.nn.Module = model
     if place.world > 1:
         runner = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True,
+            model, gradient_as_bucket_view=True,
             device_ids=[place.device] if place.device.type == "cuda" else None)
 
     metrics = out / "metrics.jsonl"

@@ -3,6 +3,7 @@ and the standard library of the running Python, which is there without a downloa
 
     corpus = open_corpus(source, config.data)
     for number, line, parts in documents(corpus, config.data, specials): ...
+    for number, line, text, first, last in pieces(corpus, config.data, specials): ...
 """
 
 import ast
@@ -20,6 +21,7 @@ from configs import DATA, USAGE, DataConfig, Source, Stop
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 PART = 1 << 20  # bytes or characters read at once
+BLOCK = 1 << 20  # characters tokenized at once: bounds memory, and no document is too long
 
 
 @dataclass
@@ -194,3 +196,42 @@ def documents(corpus: Corpus, data: DataConfig, specials: list[str]
             continue
         for line, text in found:
             yield number, line, clean(iter([text]), specials, notes)
+
+
+def blocks(texts: Iterator[str] | list[str]) -> Iterator[str]:
+    """Cut a text that comes in parts into pieces of about BLOCK characters, never an empty one.
+
+    Cuts fall in front of a blank that follows a non-blank, where no piece of a sentencepiece BPE
+    crosses: the ids are those of the whole text. Only BLOCK characters without one are cut blindly.
+    """
+    rest = ""
+    for text in texts:
+        rest += text
+        while len(rest) > BLOCK:
+            cut = BLOCK
+            while cut > BLOCK // 2 and not (rest[cut] == " " and not rest[cut - 1].isspace()):
+                cut -= 1
+            cut = cut if cut > BLOCK // 2 else BLOCK
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def pieces(corpus: Corpus, data: DataConfig, specials: list[str]
+           ) -> Iterator[tuple[int, int, str, bool, bool]]:
+    """(number of the file, line, text, first, last) of every piece of every document, in order.
+
+    Documents of blanks alone are passed over and counted.
+    """
+    for number, line, parts in documents(corpus, data, specials):
+        cut = blocks(parts)
+        text, following = next(cut, ""), next(cut, None)
+        if following is None and not text.strip():
+            corpus.notes["blank"] += 1
+            continue
+        first = True
+        while text is not None:
+            corpus.notes["bytes"] += len(text.encode())
+            yield number, line, text, first, following is None
+            text, following, first = following, next(cut, None), False

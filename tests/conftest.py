@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Tiny models gain nothing from a second thread and lose much where the cores are busy. Read when
+# torch and its children start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 

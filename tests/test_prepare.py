@@ -1,0 +1,1155 @@
+"""prepare.py: rows lead back to their text, the bytes follow from the recipe alone, and what is
+wrong with an input or a prepared set is said in one line.
+
+Where a test needs to know what is right, it works that out its own way: with sentencepiece and
+tiktoken themselves, with ast, with Philox from its paper.
+"""
+
+import ast
+import base64
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+import random
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tiktoken
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import configs
+import prepare
+from configs import DATA, SECTIONS, USAGE, Stop
+from extras import sources
+from extras.tokenizer_json import tokenizer_files
+from prepare import Tokenizer, load_tokenizer, open_rows, permutation, read_manifest
+
+REPO = Path(prepare.__file__).parent
+DEMO = REPO / "configs" / "demo.py"
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+HELD_OUT = -1
+SMALL = dict(vocab_size=300, seq_len=16, n_chunks=2, rows_per_chunk="none", workers=1)
+EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))
+
+
+# ---- what the tests are made with ----------------------------------------------------------------
+
+def prepare_here(run_file: Path = DEMO, **options) -> int:
+    """prepare.py's exit code in the folder we are in, for a small set unless told otherwise."""
+    argv = [str(run_file)] + [f"--{k}={v}" for k, v in (SMALL | options).items()]
+    return configs.run(prepare.main, prepare.__doc__, [prepare.PrepareOptions, *SECTIONS.values()],
+                       argv)
+
+
+def files_of(root: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: name -> content, None for a folder."""
+    return {p.relative_to(root).as_posix(): None if p.is_dir() else p.read_bytes()
+            for p in sorted(root.rglob("*"))}
+
+
+def write(root: Path, files: dict[str, bytes | str]) -> None:
+    """Write files below a folder that this makes."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def story(words: int, seed: int) -> str:
+    """Text of words with blanks, indents and line breaks between them."""
+    dice = random.Random(seed)
+    parts = [a + b for a in ("ba", "do", "ki", "mu", "re", "zö") for b in ("", "n", "st", "l")]
+    gaps = [" "] * 12 + ["\n", "  ", "\n    ", ", "]
+    return "".join("".join(dice.choices(parts, k=dice.randint(1, 3))) + dice.choice(gaps)
+                   for _ in range(words))
+
+
+def make_text(root: Path, documents: int) -> None:
+    """A folder of .jsonl, .txt and .md files with so many documents, blank ones not counted."""
+    lines = [json.dumps(dict(id=i, text=story(40 + 9 * (i % 7), i)), ensure_ascii=i % 2 > 0)
+             for i in range(documents - 3)]
+    lines[5:5] = ["", json.dumps(dict(text=" \n "))]  # no line, and a blank document
+    half = len(lines) // 2
+    write(root, {"b/first.jsonl": "\n".join(lines[:half]), "a.txt": story(90, 1001),
+                 "second.jsonl": "\n".join(lines[half:]) + "\n", "b/long.md": story(4000, 1002),
+                 "z.txt": "\n\n    " + story(50, 1003), "blank.txt": " \n", "not_ours.csv": "x,y"})
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory) -> Path:
+    """A sentencepiece model of 300 pieces."""
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(prepare.train_tokenizer(iter([story(5000, 7)]), 300))
+    return path
+
+
+def ranks(merges: list[bytes]) -> bytes:
+    """A .tiktoken file: the 256 bytes, then the merges."""
+    tokens = [bytes([i]) for i in range(256)] + merges
+    return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+
+
+MERGES = [b"th", b"the", b"12", b"34", b"1234", b"  ", b"    ", b" t", b" the", b" a", b"in",
+          b"ing", "é".encode(), b"aa", b"aaa", b"aaaa", b"\n\n", b"</", b"s>", b"\r\n", b".\n"]
+
+
+@pytest.fixture(scope="module")
+def ranks_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ranks") / "made.tiktoken"
+    path.write_bytes(ranks(MERGES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def many_ranks_file(tmp_path_factory) -> Path:
+    """66,000 ranks: all bytes, all pairs of them, and some threes, "ban" the very last."""
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    threes = [b"ba" + bytes([i]) for i in range(256) if i != ord("n")][:207] + [b"ban"]
+    path = tmp_path_factory.mktemp("ranks") / "many.tiktoken"
+    path.write_bytes(ranks(pairs + threes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A small prepared set of 130 documents; copy it before changing it."""
+    root = tmp_path_factory.mktemp("small")
+    make_text(root / "text", 130)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert prepare_here(input="text", dataset="small") == 0
+    return root / "data" / "small"
+
+
+@pytest.fixture
+def copied(small, tmp_path, monkeypatch) -> Path:
+    """A copy of the small set to be changed: data/small in the folder we are in."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small, "data/small")
+    return Path("data/small")
+
+
+@pytest.fixture(scope="module")
+def llama(shared) -> Tokenizer:
+    """LLaMA's own tokenizer."""
+    path = shared / "tokenizer" / "llama_tokenizer.model"
+    if not path.is_file():
+        pytest.skip("no llama_tokenizer.model in ../shared/data/tokenizer")
+    return load_tokenizer(path)
+
+
+# ---- order ---------------------------------------------------------------------------------------
+
+def philox(n: int, seed: int, epoch: int, chunk: int) -> list[int]:
+    """n words of Philox4x64-10 as its paper says (Salmon et al. 2011), counted from 1."""
+    mask, words = 2**64 - 1, []
+    for count in range(1, -(-n // 4) + 1):
+        c, k = [count, 0, 0, 0], [epoch << 32 | chunk, seed]
+        for _ in range(10):
+            a, b = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
+            c = [b >> 64 ^ c[1] ^ k[0], b & mask, a >> 64 ^ c[3] ^ k[1], a & mask]
+            k = [k[0] + 0x9E3779B97F4A7C15 & mask, k[1] + 0xBB67AE8584CAA73B & mask]
+        words += c
+    return words[:n]
+
+
+def order(n: int, seed: int, epoch: int, chunk: int) -> list[int]:
+    """permutation() without numpy."""
+    words = philox(n, seed, epoch, chunk)
+    return sorted(range(n), key=words.__getitem__)
+
+
+@pytest.mark.parametrize("n, seed, epoch, chunk", [
+    (0, 0, 0, 0), (1, 1, 2, 3), (10, 1337, 0, 0), (1025, 11111, 3, 359), (7, 2**32 - 1, 1, 2),
+    (257, 1337, 2**32 - 1, 0), (257, 1337, 2**32 - 2, 1), (64, 5, 0, 2**32 - 1)])
+def test_permutation_is_philox_and_argsort(n, seed, epoch, chunk):
+    found = permutation(n, seed, epoch, chunk)
+    assert found.dtype == np.int64 and found.tolist() == order(n, seed, epoch, chunk)
+    assert sorted(found.tolist()) == list(range(n))
+
+
+def test_permutation_never_changes():
+    """Written down, so that a library that changes is noticed: runs could not be repeated."""
+    assert permutation(10, 1337, 0, 0).tolist() == [0, 6, 7, 9, 3, 2, 8, 5, 4, 1]
+    assert permutation(10, 1337, 0, 1).tolist() == [2, 9, 5, 0, 4, 7, 6, 8, 1, 3]
+
+
+def test_permutation_differs_by_seed_epoch_and_chunk():
+    keys = [(s, e, c) for s in (0, 1, 2**32 - 1) for e in (0, 1, 2**32 - 1)
+            for c in (0, 1, 2**32 - 1)]
+    assert len({tuple(permutation(50, *key).tolist()) for key in keys}) == len(keys)
+
+
+# ---- the demo, row by row ------------------------------------------------------------------------
+
+def is_prose(name: str) -> bool:
+    """Which half of the standard library a file is in."""
+    odd = hashlib.sha256(name.encode()).hexdigest()[1] in "13579bdf"
+    return odd or name == "pydoc_data/topics.py"
+
+
+def docstrings(node: ast.AST) -> list[tuple[int, str]]:
+    """(line, text) of the docstrings in a tree, in the order of their lines."""
+    body, found = getattr(node, "body", []), []
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
+        text = getattr(getattr(body[0], "value", None), "value", None)
+        if isinstance(body[0], ast.Expr) and isinstance(text, str) and inspect.cleandoc(text):
+            found = [(body[0].lineno, inspect.cleandoc(text))]
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        found += [one for child in getattr(node, block, []) for one in docstrings(child)]
+    return found
+
+
+@functools.cache
+def library(name: str) -> dict[int, str]:
+    """The documents of a file of the standard library: line -> text."""
+    text = (STDLIB / name).read_bytes().decode()
+    if not is_prose(name):
+        found = {1: text.removeprefix("\ufeff")}
+    elif name == "pydoc_data/topics.py":
+        from pydoc_data.topics import topics
+        entries = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Dict))
+        found = {value.lineno: topics[entry.value]
+                 for entry, value in zip(entries.keys, entries.values, strict=True)}
+    else:
+        docs = docstrings(ast.parse(text))
+        found = {docs[0][0]: "\n\n".join(doc for _, doc in docs)} if docs else {}
+    return {line: "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c
+                          for c in doc.replace("\r\n", "\n"))
+            for line, doc in found.items() if doc.strip()}
+
+
+@dataclasses.dataclass
+class Stream:
+    """What a source's tokens should be in one epoch, or held out."""
+    docs: list[tuple[str, int]]  # file, line
+    starts: np.ndarray
+    tokens: np.ndarray
+
+    def row(self, i: int | slice) -> np.ndarray:
+        return self.tokens[:len(self.tokens) // 257 * 257].reshape(-1, 257)[i]
+
+
+@pytest.fixture(scope="module")
+def truth(demo) -> dict[tuple[int, int], Stream]:
+    """(source, epoch) -> the stream, from the provenance tables and the files they name."""
+    coder = sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model"))
+    streams = {}
+    for s, name in enumerate(("code", "prose")):
+        files = json.loads((demo / f"provenance/{name}_files.json").read_text())
+        tables = {int(p.stem.rpartition("_")[2]): np.load(p)
+                  for p in (demo / "provenance").glob(f"{name}_epoch_*.npy")}
+        tables[HELD_OUT] = np.load(demo / f"provenance/{name}_held_out.npy")
+        places = sorted({(files[f], int(line)) for t in tables.values() for _, f, line in t})
+        texts = [library(file)[line] for file, line in places]
+        coded = [np.array(ids + [2], np.uint16) for ids in coder.encode(texts, num_threads=2)]
+        ids = dict(zip(places, coded, strict=True))
+        for epoch, table in tables.items():
+            docs = [(files[f], int(line)) for _, f, line in table]
+            sizes = [len(ids[doc]) for doc in docs]
+            streams[s, epoch] = Stream(docs, np.cumsum([0] + sizes[:-1]),
+                                       np.concatenate([ids[doc] for doc in docs]))
+            assert np.array_equal(table[:, 0], streams[s, epoch].starts)
+    return streams
+
+
+def bins(folder: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, rows, origin of each row) of every file of rows, read without prepare.py."""
+    names = sorted(p.name for p in folder.glob("*.bin"))
+    T1 = json.loads((folder / "manifest.json").read_text())["seq_len"] + 1
+    return [(name, np.fromfile(folder / name, np.uint16).reshape(-1, T1),
+             np.load(folder / "provenance" / f"{name}.npy")) for name in names]
+
+
+def test_every_row_of_the_demo_is_where_it_says(demo, truth):
+    found = bins(demo)
+    assert [name for name, _, _ in found] == [f"train_00{k}.bin" for k in range(8)] + [
+        "valid_code.bin", "valid_prose.bin"]
+    for name, rows, origin in found:
+        assert rows.shape[1] == 257 and len(rows) == len(origin)
+        assert len(rows) == 1024 or name.startswith("valid")
+        for (s, epoch), stream in truth.items():
+            mine = (origin[:, 0] == s) & (origin[:, 1] == epoch)
+            assert np.array_equal(rows[mine], stream.row(origin[mine, 2]))
+        assert {tuple(key) for key in origin[:, :2].tolist()} <= truth.keys()
+
+
+def test_every_row_of_the_demo_decodes_to_its_text(demo, truth):
+    """Between two ends of text, what our tokenizer decodes stands in the document named."""
+    tokenizer = load_tokenizer(demo)
+    coder = sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model"))
+    seen = 0
+    for _, rows, origin in bins(demo):
+        whole = coder.decode(rows.tolist())
+        for row, (s, epoch, i), text in zip(rows, origin.tolist(), whole, strict=True):
+            stream = truth[s, epoch]
+            assert tokenizer.decode(row) == text == coder.decode(stream.row(i).tolist())
+            at = int(np.searchsorted(stream.starts, i * 257, side="right")) - 1
+            for k, ids in enumerate(np.split(row, np.flatnonzero(row == 2))):
+                file, line = stream.docs[min(at + k, len(stream.docs) - 1)]
+                part = tokenizer.decode(ids).strip("\ufffd")  # characters cut by the row's ends
+                assert part in library(file)[line].replace("▁", " "), (file, line)
+                seen += len(part)
+    assert seen > 5_000_000  # it is text that was compared
+
+
+def test_rows_of_the_demo_are_dealt_and_counted(demo, truth):
+    """Row i of a source is row i % n of epoch i // n, in chunk i % 8; 1024 rows go 70 : 30."""
+    manifest = json.loads((demo / "manifest.json").read_text())
+    chunks = [origin for name, _, origin in bins(demo) if name.startswith("train")]
+    assert [one["rows_per_chunk"] for one in manifest["sources"]] == [717, 307]
+    assert manifest["rows_per_chunk"] == 1024 == 717 + 307
+    for s, one in enumerate(manifest["sources"]):
+        n, used = len(truth[s, 0].tokens) // 257, 8 * one["rows_per_chunk"]
+        for k, origin in enumerate(chunks):
+            dealt = [(i // n, i % n) for i in range(k, used, 8)]
+            assert origin[origin[:, 0] == s, 1:].tolist() == [list(pair) for pair in dealt]
+        rows = [tuple(row) for origin in chunks for row in origin[origin[:, 0] == s, 1:].tolist()]
+        assert len(set(rows)) == len(rows) == used  # each at most once per epoch
+        epochs = {epoch for epoch, _ in rows}
+        assert epochs == set(range(math.ceil(used / n))) == {e for i, e in truth if i == s} - {-1}
+        assert one["epochs"] == round(used / n, 4)
+        assert (one["rows"], one["tokens"]) == (n, len(truth[s, 0].tokens))
+        assert one["rows_left_out"] == max(0, n - used)
+        held = truth[s, HELD_OUT]
+        assert one["all_tokens"] == one["tokens"] + len(held.tokens)
+        assert one["valid_rows"] == min(128, len(held.tokens) // 257)
+        docs = truth[s, 0].docs + held.docs
+        assert one["documents"] == len(docs)
+        assert one["bytes"] == sum(len(library(file)[line].encode()) for file, line in docs)
+    assert any(epoch > 0 for _, epoch in truth)  # the demo repeats its prose
+
+
+def test_no_held_out_document_of_the_demo_is_trained_on(truth):
+    for s, source in enumerate(("code", "prose")):
+        held = set(truth[s, HELD_OUT].docs)
+        for (i, epoch), stream in truth.items():
+            assert len(set(stream.docs)) == len(stream.docs)
+            if i == s and epoch != HELD_OUT:
+                assert not held & set(stream.docs)
+        for docs, side in ((truth[s, 0].docs, False), (held, True)):
+            for file, line in docs:  # by the hash of the place, which nothing else moves
+                digest = hashlib.sha256(f"1337/{source}/{file}:{line}".encode()).hexdigest()
+                assert (int(digest[:16], 16) / 2**64 < 0.05) == side
+
+
+def test_the_demo_is_the_whole_library_and_no_file_gives_twice(demo, truth):
+    code, prose = ({file for (i, _), stream in truth.items() if i == s for file, _ in stream.docs}
+                   for s in (0, 1))
+    assert not code & prose
+    there = {p.relative_to(STDLIB).as_posix() for p in STDLIB.rglob("*.py")
+             if not {"site-packages", "dist-packages", "__pycache__"} & set(p.parts)}
+    silent = 0
+    for name in sorted(there - code - prose):  # gave nothing: not UTF-8, not Python, or no text
+        try:
+            silent += not library(name)
+        except (UnicodeDecodeError, SyntaxError, ValueError):
+            silent += 1
+    assert silent == len(there - code - prose) < len(there) / 2
+    for s, names in enumerate((code, prose)):
+        docs = {doc for (i, _), stream in truth.items() if i == s for doc in stream.docs}
+        assert docs == {(name, line) for name in names for line in library(name)}
+
+
+def test_the_demo_names_no_place_of_this_machine(demo):
+    """It may be published as it is."""
+    for path in sorted(demo.rglob("*.json*")):
+        text = path.read_text()
+        assert str(demo.parents[1]) not in text and str(STDLIB) not in text
+        assert str(REPO) not in text and str(Path.home()) + "/" not in text
+
+
+# ---- dealing, on made text -----------------------------------------------------------------------
+
+def packed(root: Path, model: Path) -> dict[str, list[list[int]]]:
+    """What preparing a folder should give, in the plainest way: name -> rows of 17 ids."""
+    coder = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.*")
+                   if p.suffix in (".txt", ".md", ".jsonl"))
+    names = [names[i] for i in order(len(names), 1337, 2**32 - 1, 0)]
+    docs = []
+    for name in names:
+        text = (root / name).read_text(encoding="utf-8")
+        lines = text.split("\n") if name.endswith(".jsonl") else [json.dumps({"text": text})]
+        docs += [(f"1337/text/{name}:{number}", json.loads(line)["text"])
+                 for number, line in enumerate(lines, 1) if line]
+    streams, docs = {False: [], True: []}, [(place, text) for place, text in docs if text.strip()]
+    for place, text in docs:
+        share = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
+        streams[len(docs) >= 100 and share < 0.05] += coder.encode(text) + [coder.eos_id()]
+    train, valid = ([s[i:i + 17] for i in range(0, len(s) - 16, 17)] for s in streams.values())
+    if len(docs) < 100:
+        held = order(len(train), 1337, 2**32 - 2, 0)[:min(128, math.ceil(len(train) * 0.05))]
+        valid = [train[i] for i in sorted(held)]
+        train = [row for i, row in enumerate(train) if i not in held]
+    used = len(train) // 2 * 2
+    return {"train_000.bin": train[0:used:2], "train_001.bin": train[1:used:2],
+            "valid_text.bin": valid[:128]}
+
+
+@pytest.mark.parametrize("documents", [40, 130])
+def test_an_independent_packer_gives_the_same_bytes(documents, tmp_path, monkeypatch, capsys):
+    """By 1, 2 and 3 workers, in batches of few documents and pieces of long ones; and again."""
+    monkeypatch.setattr(prepare, "BLOCK", 5000)
+    make_text(tmp_path / "text", documents)
+    sets = []
+    for name, workers in (("one", 1), ("two", 2), ("three", 3), ("again", 1)):
+        root = tmp_path / name
+        root.mkdir()
+        monkeypatch.chdir(root)
+        assert prepare_here(input="../text", dataset="set", workers=workers) == 0
+        sets.append(files_of(root / "data"))
+    assert sets[0] == sets[1] == sets[2] == sets[3]
+    made = Path("data/set")
+    expected = packed(tmp_path / "text", made / "tokenizer.model")
+    assert sorted(expected) == sorted(p.name for p in made.glob("*.bin"))
+    for file, rows in expected.items():
+        assert sets[0][f"set/{file}"] == np.array(rows, "<u2").tobytes(), file
+        assert rows, file
+    one, = json.loads((made / "manifest.json").read_text())["sources"]
+    assert (one["documents"], one["notes"]) == (documents, {"blank": 2})
+    capsys.readouterr()
+
+
+def test_fewer_than_100_documents_hold_out_rows_and_100_hold_out_documents(
+        tmp_path, monkeypatch, model_file):
+    """Rows of the one stream below 100 documents, streams of their own from 100 on."""
+    monkeypatch.chdir(tmp_path)
+    for documents in (99, 100):
+        make_text(Path(f"text_{documents}"), documents)
+        assert prepare_here(input=f"text_{documents}", dataset=f"d{documents}",
+                            tokenizer=model_file) == 0
+        way = Path(f"data/d{documents}/provenance")
+        source = f"text_{documents}"
+        train = {tuple(doc) for doc in np.load(way / f"{source}_epoch_0.npy")[:, 1:].tolist()}
+        held = {tuple(doc) for doc in np.load(way / f"{source}_held_out.npy")[:, 1:].tolist()}
+        rows = [np.load(way / f"train_00{k}.bin.npy")[:, 2].tolist() for k in (0, 1)]
+        valid = np.load(way / f"valid_{source}.bin.npy")
+        assert valid[:, 1].tolist() == [HELD_OUT] * len(valid) and len(valid) > 0
+        if documents == 99:
+            assert train == held and len(train) == 99
+            n = json.loads(Path("data/d99/manifest.json").read_text())["sources"][0]["tokens"] // 17
+            assert len(valid) == math.ceil(n * 0.05)
+            assert not {*rows[0], *rows[1]} & set(valid[:, 2].tolist())
+            assert len({*rows[0], *rows[1]}) + len(valid) >= n - 1  # one may be left undealt
+        else:
+            assert not train & held and len(train) + len(held) == 100 and held
+            assert sorted(rows[0] + rows[1]) == list(range(len(rows[0]) * 2))
+
+
+def test_two_sources_are_mixed_by_weight_and_repeated(tmp_path, monkeypatch, model_file):
+    """7 rows a chunk as 5 : 1 are 6 and 1; the smaller source is gone through several times."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("big"), {"a.txt": story(3000, 1)})
+    write(Path("few"), {"a.txt": story(20, 2)})
+    Path("mix.py").write_text(DEMO.read_text() + "sources = [\n"
+                              "    dict(name='big', path='big', weight=5),\n"
+                              "    dict(name='few', path='few', weight=1)]\n")
+    assert prepare_here(Path("mix.py"), n_chunks=20, rows_per_chunk=7, tokenizer=model_file,
+                        dataset="mix") == 0
+    manifest = read_manifest(Path("data/mix"))
+    big, few = manifest["sources"]
+    assert (big["rows_per_chunk"], few["rows_per_chunk"]) == (6, 1)
+    n = few["rows"]
+    assert 2 <= n < 10 and few["epochs"] == round(20 / n, 4)
+    origins = [np.load(f"data/mix/provenance/train_0{k:02}.bin.npy") for k in range(20)]
+    for k, origin in enumerate(origins):
+        assert origin[:, 0].tolist() == [0] * 6 + [1]
+        assert origin[6, 1] == k // n  # every row of an epoch before the next begins
+    used = np.concatenate([origin[origin[:, 0] == 1] for origin in origins])
+    for epoch in range(20 // n):
+        assert len(set(used[used[:, 1] == epoch, 2])) == n
+        assert Path(f"data/mix/provenance/few_epoch_{epoch}.npy").is_file()
+
+
+def test_preparing_again_changes_nothing(copied, small, capsys):
+    shutil.copytree(small.parents[1] / "text", "text")
+    before = files_of(Path("."))
+    times = {p: p.stat().st_mtime_ns for p in Path("data").rglob("*")}
+    assert prepare_here(input="text", dataset="small") == 0
+    out, err = capsys.readouterr()
+    assert f"{copied} is prepared already" in out and err == ""
+    assert files_of(Path(".")) == before
+    assert {p: p.stat().st_mtime_ns for p in Path("data").rglob("*")} == times
+
+
+@pytest.mark.parametrize("changed, said", [
+    (dict(seq_len=32), "seq_len"), (dict(seed=1), "seed"), (dict(n_chunks=3), "n_chunks"),
+    (dict(vocab_size=310), "vocab_size"), (dict(valid_rows=3), "valid_rows"),
+    (dict(valid_share=0.2), "valid_share"), (dict(rows_per_chunk=3), "rows_per_chunk"),
+    (dict(text_key="id"), "text_key"), (dict(encoding="latin-1"), "encoding"),
+    (dict(seed=1, seq_len=32), "seq_len, seed"), ("text", "sources"), ("file name", "sources"),
+    ("tokenizer", "tokenizer")])
+def test_another_recipe_is_refused(copied, small, capsys, changed, said, model_file):
+    shutil.copytree(small.parents[1] / "text", "text")
+    options = {}
+    if changed == "text":
+        Path("text/a.txt").write_text(Path("text/a.txt").read_text() + "x")
+    elif changed == "file name":
+        Path("text/a.txt").rename("text/a1.txt")
+    elif changed == "tokenizer":
+        options = dict(tokenizer=model_file)
+    else:
+        options = changed
+    before = files_of(Path("."))
+    assert prepare_here(input="text", **(dict(dataset="small") | options)) == DATA
+    err = capsys.readouterr().err
+    assert f"{copied} holds another data set (other {said})" in err
+    assert "nothing was changed" in err and "--dataset=" in err and len(err.splitlines()) == 1
+    assert files_of(Path(".")) == before
+
+
+def test_what_changes_no_row_is_not_in_the_recipe(copied, small):
+    shutil.copytree(small.parents[1] / "text", "text")
+    before = files_of(Path("."))
+    assert prepare_here(input="text", dataset="small", workers=2, max_bad_documents=5, lr=1) == 0
+    assert files_of(Path(".")) == before
+
+
+def test_stats_and_verify_write_nothing(copied, capsys):
+    for option in ("stats", "verify"):
+        before = files_of(Path("."))
+        assert prepare_here(dataset="small", **{option: "true"}) == 0
+        out = capsys.readouterr().out
+        assert "130" in out if option == "stats" else "files are as the manifest says" in out
+        assert files_of(Path(".")) == before
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+def texts(pieces: list[str], least: int, most: int) -> st.SearchStrategy[str]:
+    """Texts made of so many of the pieces."""
+    return st.lists(st.sampled_from(pieces), min_size=least, max_size=most).map("".join)
+
+
+# Words of at most twelve characters, each with a blank behind it and perhaps more.
+GAPS = texts([*"   \n\t\u3000"], 0, 6)
+WORDS = st.tuples(texts([*"abdeknst.</>\0\x1b09éß中🎉", "ba", "the"], 1, 4), st.just(" "), GAPS)
+SPACED = st.lists(WORDS.map("".join), min_size=15, max_size=50)
+# Blanks wherever they may be, the names of special tokens, and any other text. U+2581 is left out:
+# it is sentencepiece's mark of a blank, and comes back as one.
+ODD = texts([*"at 19.\n\t\0é中🎉\ufffd\ufeff", "  ", "    ", "</s>", "<s>", "<unk>", "<0x0A>",
+             "<|endoftext|>", "ing", " the", "ba"], 0, 40)
+ANY = ODD | st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=30)
+
+
+def pair(tokenizer: Tokenizer):
+    """The library's own encoder of the same file."""
+    if tokenizer.kind == "tiktoken":
+        return tokenizer.coder.encode_ordinary
+    return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.data).encode
+
+
+@pytest.fixture(scope="module", params=["small", "made", "llama"])
+def tokenizer(request, model_file, ranks_file) -> Tokenizer:
+    """A trained sentencepiece model, a made .tiktoken, and LLaMA's own tokenizer."""
+    if request.param == "llama":
+        return request.getfixturevalue("llama")
+    return load_tokenizer(model_file if request.param == "small" else ranks_file)
+
+
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 40)  # every half of it holds a place to cut
+    whole, cuts = pair(tokenizer), []
+
+    @EXAMPLES
+    @given(st.text(" ", max_size=5), SPACED)
+    def check(blanks, words):
+        text = blanks + "".join(words)
+        pieces = list(prepare.blocks([text]))
+        assert "".join(pieces) == text and all(0 < len(piece) <= 40 for piece in pieces)
+        assert tokenizer.encode(text) == whole(text)
+        cuts.append(max(0, len(pieces) - 1))
+    check()
+    assert sum(cuts) > 400  # it was cut
+
+
+def test_pieces_do_not_depend_on_how_the_text_arrives(monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 40)
+
+    @EXAMPLES
+    @given(st.lists(ANY, max_size=12))
+    def check(parts):
+        pieces = list(prepare.blocks(parts))
+        assert pieces == list(prepare.blocks(["".join(parts)])) and "" not in pieces
+        assert "".join(pieces) == "".join(parts) and all(len(p) <= 40 for p in pieces)
+    check()
+
+
+def test_text_comes_back(tokenizer):
+    @EXAMPLES
+    @given(ANY)
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(np.array(ids, np.uint16)) == text
+        assert not set(ids) & set(tokenizer.special_tokens.values())
+    check()
+
+
+@pytest.mark.parametrize("char", ["a", " ", "é", "🎉"])
+def test_a_long_run_of_one_character_finishes(tokenizer, char):
+    """More than a block with nowhere to cut; tiktoken once took the square of its length."""
+    text = char * (1_500_000 if char == "a" else 300_000)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.piece_bytes()[ids].sum()) == len(text.encode()) + (
+        tokenizer.kind == "sentencepiece")
+
+
+def test_special_text_stays_text(tokenizer):
+    for text in ("</s>", "a</s> b", "<s>", "<unk>", "<|endoftext|>", "<0x0A>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos not in ids and tokenizer.decode(ids) == text and len(ids) > 1
+
+
+def test_piece_bytes_count_the_text(tokenizer):
+    """The blank that sentencepiece puts in front is a byte too many, and the only one."""
+    sizes, extra = tokenizer.piece_bytes(), tokenizer.kind == "sentencepiece"
+    assert sizes.shape == (tokenizer.vocab_size,) and sizes.dtype == np.int64
+    assert sizes[tokenizer.eos] == 0
+    if tokenizer.bos is not None:
+        assert sizes[tokenizer.bos] == 0
+
+    @EXAMPLES
+    @given(ANY.filter(bool))
+    def check(text):
+        assert int(sizes[tokenizer.encode(text)].sum()) == len(text.encode()) + extra
+    check()
+
+
+def test_a_trained_tokenizer_is_like_llamas(model_file, llama):
+    ours = load_tokenizer(model_file)
+    assert (ours.bos, ours.eos, ours.special_tokens) == (1, 2, {"<s>": 1, "</s>": 2})
+    assert (llama.bos, llama.eos, llama.special_tokens) == (1, 2, {"<s>": 1, "</s>": 2})
+    assert llama.vocab_size == 32000 and ours.vocab_size == 300
+    for tokenizer in (ours, llama):  # byte fallback, digits apart, blanks only in front of pieces
+        pieces = [tokenizer.coder.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+        assert pieces[:4] == ["<unk>", "<s>", "</s>", "<0x00>"] and pieces[258] == "<0xFF>"
+        assert not [p for p in pieces if "▁" in p.lstrip("▁")]
+        assert not [p for p in pieces[259:] if len(p) > 1 and set("0123456789") & set(p)]
+        assert not [p for p in pieces if "\n" in p]
+    assert llama.encode("Hello world") == [15043, 3186]  # as published
+
+
+def test_tiktoken_ranks_come_back(ranks_file, many_ranks_file):
+    tokenizer = load_tokenizer(ranks_file)
+    assert tokenizer.encode("the theing") == [
+        256 + MERGES.index(token) for token in (b"the", b" the", b"ing")]
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (None, 277, 278)
+    assert tokenizer.spec()["sha256"] == hashlib.sha256(ranks_file.read_bytes()).hexdigest()
+    own = {base64.b64decode(a): int(b) for a, b in
+           (line.split() for line in ranks_file.read_bytes().splitlines())}
+    coder = tiktoken.Encoding("own", pat_str=prepare.PATTERN, mergeable_ranks=own,
+                              special_tokens={"<|endoftext|>": 277})
+
+    @EXAMPLES
+    @given(ANY)
+    def check(text):
+        assert tokenizer.encode(text) == coder.encode(text, disallowed_special=())
+    check()
+    many = load_tokenizer(many_ranks_file)
+    assert (many.vocab_size, many.eos) == (66001, 66000)
+    assert many.encode("ban") == [65999] and many.decode([65999]) == "ban"
+
+
+def test_the_spec_of_a_manifest_gives_the_same_tokenizer(ranks_file, tmp_path):
+    """What the ranks do not say, pattern and special tokens, comes from the manifest."""
+    data = ranks_file.read_bytes()
+    spec = dict(pattern=r"\S+|\s+", special_tokens={"<|endoftext|>": 278, "<|pad|>": 277})
+    first = Tokenizer("tiktoken", data, spec)
+    (tmp_path / first.file).write_bytes(data)
+    (tmp_path / "manifest.json").write_text(json.dumps(dict(tokenizer=first.spec())))
+    again = load_tokenizer(tmp_path)
+    assert again.spec() == first.spec() and again.eos == 278 and again.vocab_size == 279
+    (tmp_path / "manifest.json").unlink()
+    assert load_tokenizer(tmp_path).eos == 277  # without it: the defaults
+    for name, content in tokenizer_files(first).items():
+        (tmp_path / name).write_bytes(content)
+    assert load_tokenizer(tmp_path).spec() == first.spec()
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="ids without a token are asked for one")
+def test_ids_without_a_token(ranks_file):
+    """cl100k_base has 16 of them between its ranks and its special tokens."""
+    spec = dict(special_tokens={"<|endoftext|>": 277, "<|last|>": 290})
+    tokenizer = Tokenizer("tiktoken", ranks_file.read_bytes(), spec)
+    assert tokenizer.vocab_size == 291 and len(tokenizer.piece_bytes()) == 291
+    assert tokenizer.piece_bytes()[277:].sum() == 0
+    assert json.loads(tokenizer_files(tokenizer)["tokenizer.json"])["model"]["vocab"]
+
+
+@pytest.mark.parametrize("config, bos", [
+    (None, False), ({}, False), (dict(add_bos_token=True), True),
+    (dict(tokenizer_class="LlamaTokenizer"), True),
+    (dict(tokenizer_class="LlamaTokenizerFast", add_bos_token=False), False)])
+def test_whether_bos_is_put_in_front_is_the_folders_word(model_file, tmp_path, config, bos):
+    shutil.copy(model_file, tmp_path / "tokenizer.model")
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).add_bos == bos
+    assert load_tokenizer(tmp_path / "tokenizer.model").add_bos is False
+
+
+def unloadable(path: Path, sha256: str = "") -> str:
+    """Why a tokenizer cannot be loaded, in one line."""
+    with pytest.raises(Stop) as stop:
+        load_tokenizer(path, sha256)
+    assert stop.value.code == DATA
+    return str(stop.value)
+
+
+def test_tokenizers_that_cannot_be_loaded(tmp_path, model_file, ranks_file):
+    good = model_file.read_bytes()
+    cases = {"gone.model": None, "half.model": good[:len(good) // 2], "cut.model": good[:-1],
+             "empty.model": b"", "other.model": ranks_file.read_bytes(), "empty.tiktoken": b"",
+             "other.tiktoken": good, "cut.tiktoken": ranks_file.read_bytes()[:-4],
+             "text.json": b"{}", "words.tiktoken": b"the quick\nbrown fox\n"}
+    for name, content in cases.items():
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        said = unloadable(path)
+        assert str(path) in said, name
+        if content is None or path.suffix == ".json":
+            assert "sentencepiece model or tiktoken ranks" in said and "--tokenizer=FILE" in said
+            assert ("not found" in said) == (content is None)
+        else:
+            assert "truncated or of another kind" in said, name
+    (tmp_path / "folder").mkdir()
+    assert "has no tokenizer.model or tokenizer.tiktoken" in unloadable(tmp_path / "folder")
+
+
+def test_a_tokenizer_with_another_hash_is_refused(tmp_path, model_file):
+    digest = hashlib.sha256(model_file.read_bytes()).hexdigest()
+    assert load_tokenizer(model_file, digest).vocab_size == 300
+    said = unloadable(model_file, "0" * 64)
+    assert all(part in said for part in (str(model_file), digest, "0" * 64))
+    assert "0" * 64 in unloadable(tmp_path / "gone.model", "0" * 64)
+
+
+@pytest.mark.xfail(strict=True, raises=BaseException,
+                   reason="ranks are not checked: tiktoken panics, now or at the first text")
+@pytest.mark.parametrize("content", [
+    ranks(MERGES)[:-2], ranks([])[:2000].rpartition(b"\n")[0], b"IQ== -1\n", b"IQ== 0\nIg== 0\n"],
+    ids=["last number cut", "bytes missing", "below 0", "one number twice"])
+def test_ranks_with_holes_cannot_be_loaded(tmp_path, capfd, content):
+    (tmp_path / "bad.tiktoken").write_bytes(content)
+    assert "truncated" in unloadable(tmp_path / "bad.tiktoken")
+
+
+@pytest.mark.xfail(strict=True, raises=(ValueError, AttributeError),
+                   reason="a broken tokenizer_config.json ends in a traceback")
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_tokenizer_config_is_named(tmp_path, model_file, content):
+    shutil.copy(model_file, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    assert "tokenizer_config.json" in unloadable(tmp_path)
+
+
+# ---- tokenizer.json, for other people's programs -------------------------------------------------
+
+@pytest.fixture(scope="module")
+def hugging(tokenizer, tmp_path_factory):
+    """transformers' tokenizer of a folder with the files that a checkpoint gets."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("hf")
+    for name, content in tokenizer_files(tokenizer).items():
+        (folder / name).write_bytes(content)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_hugging_face_gives_our_ids_and_text(tokenizer, hugging):
+    """Leading and repeated blanks, special text, emoji, NUL. Digits in ranks: the test below."""
+    own = pair(tokenizer)
+
+    @EXAMPLES
+    @given(ANY)
+    def check(text):
+        if tokenizer.kind == "tiktoken":
+            text = "".join("x" if c.isnumeric() else c for c in text)
+        ids = own(text)
+        assert hugging.encode(text, add_special_tokens=False) == ids == hugging.encode(text)
+        assert hugging.decode(ids) == text
+    check()
+    for text in (" a", "   a  b", "\n\n    x", "🎉\0</s><s>", "    ", "a" * 300, " " * 300):
+        assert hugging.encode(text) == own(text) and hugging.decode(own(text)) == text
+
+
+def test_hugging_face_knows_the_special_tokens(tokenizer, hugging):
+    assert (hugging.eos_token_id, hugging.bos_token_id) == (tokenizer.eos, tokenizer.bos)
+    assert len(hugging) == tokenizer.vocab_size
+
+
+@pytest.mark.xfail(strict=True, reason="{1,3}+ is possessive to tiktoken, a repeat to Oniguruma")
+def test_hugging_face_cuts_digits_as_tiktoken_does(ranks_file, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(ranks_file)
+    for name, content in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_bytes(content)
+    hugging = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("1234", "the 1234 thing", "12 34", "9123412345"):
+        assert hugging.encode(text) == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("which", ["demo", "llama"])
+def test_hugging_face_gives_our_ids_on_the_demo(which, demo, request, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(demo) if which == "demo" else request.getfixturevalue("llama")
+    for name, content in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_bytes(content)
+    hugging, own, checked = transformers.AutoTokenizer.from_pretrained(tmp_path), pair(tokenizer), 0
+    for source in ("code", "prose"):
+        files = json.loads((demo / f"provenance/{source}_files.json").read_text())
+        for _, number, line in np.load(demo / f"provenance/{source}_epoch_0.npy")[:100].tolist():
+            text = library(files[number])[line][:5000]
+            ids = own(text)
+            assert hugging.encode(text) == ids == tokenizer.encode(text), (files[number], line)
+            assert hugging.decode(ids) == text.replace("▁", " ")
+            checked += 1
+    assert checked == 200
+
+
+# ---- bad inputs ----------------------------------------------------------------------------------
+
+GOOD = story(400, 5)
+LINES = [json.dumps(dict(text=story(30, i))) for i in range(30)]
+BROKEN = '{"text": "so far so good' + "x" * 90
+
+
+@dataclasses.dataclass
+class Case:
+    """An input, and what preparing it should end in."""
+    name: str
+    files: dict[str, bytes | str] = dataclasses.field(default_factory=dict)
+    options: dict[str, object] = dataclasses.field(default_factory=dict)
+    code: int = DATA
+    said: tuple[str, ...] = ()  # in the one line on stderr
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the manifest, if code is 0
+    xfail: str = ""
+
+
+CASES = [  # users.md, section 5
+    # 10: source missing, empty folder, no matching files
+    Case("missing", options=dict(input="nowhere"), said=("nowhere", "not found", ".txt .md .py")),
+    Case("empty", said=("source text", "an empty folder", ".txt .md .py .jsonl")),
+    Case("no match", {"a.csv": "x", "b/c.pdf": "y"}, said=("a.csv", "c.pdf", ".jsonl")),
+    Case("file of no kind", {"a.csv": "x"}, dict(input="text/a.csv"), said=("a.csv", ".jsonl")),
+    # 11: nothing in it
+    Case("no bytes", {"a.txt": b""}, dict(tokenizer="MODEL"),
+         said=("0 documents in text", "1 files", "1 blank")),
+    Case("blank", {"a.txt": " \n\t ", "b.jsonl": '{"text": " "}\n\n'}, dict(tokenizer="MODEL"),
+         said=("0 documents in text", "2 files", "2 blank")),
+    Case("no bytes, bpe", {"a.txt": b""}, said=("0 documents in text",), xfail="bpe comes first"),
+    Case("blank, bpe", {"a.txt": " \n"}, said=("0 documents in text",), xfail="bpe comes first"),
+    # 12: not UTF-8
+    Case("not utf-8", {"a.txt": b"abc\xffdef", "b.txt": GOOD},
+         said=("a.txt: byte 3 ", "utf-8", "--encoding", "--max_bad_documents")),
+    Case("cut character", {"a.txt": "abcé".encode()[:-1]}, said=("a.txt: byte 3 ",)),
+    Case("not utf-8, jsonl", {"a.jsonl": LINES[0].encode() + b"\n\xe9\n"},
+         said=(f"a.jsonl: byte {len(LINES[0]) + 1} ",)),
+    Case("not utf-8, late", {"a.txt": "é".encode() * 800_000 + b"\xff"},
+         said=("a.txt: byte 1600000 ",)),
+    Case("another encoding", {"a.txt": "naïve café ".encode("latin-1") * 60 + GOOD.encode(
+         "latin-1", "replace")}, dict(encoding="latin-1"), code=0),
+    Case("no encoding", {"a.txt": GOOD}, dict(encoding="utf-9"), code=USAGE,
+         said=("--encoding", "utf-9", "latin-1")),
+    Case("not utf-8, skipped", {"a.txt": b"abc\xffdef", "b.txt": GOOD},
+         dict(max_bad_documents=1), code=0, notes=dict(bad=1)),
+    Case("not utf-8, too many", {"a.txt": b"abc\xff", "b.txt": GOOD, "c.txt": b"\x80"},
+         dict(max_bad_documents=1), said=("c.txt: byte 0 ",)),
+    # 13: a broken line of json
+    Case("broken json", {"a.jsonl": f"{LINES[0]}\n{BROKEN}\n{LINES[1]}\n"},
+         said=("a.jsonl:2: ", BROKEN[:80], "--max_bad_documents")),
+    Case("broken json, short", {"a.jsonl": f"{LINES[0]}\n\n[1\n"}, said=("a.jsonl:3: ", ": [1 ")),
+    Case("broken json, skipped", {"a.jsonl": "\n".join(["{", *LINES, "}"])},
+         dict(max_bad_documents=2), code=0, notes=dict(bad=2)),
+    Case("deep json", {"a.jsonl": "[" * 100_000 + "]" * 100_000}, said=("a.jsonl:1: ",),
+         xfail="json.loads raises RecursionError, which is no ValueError"),
+    # 14: json without the text
+    Case("no text", {"a.jsonl": '{"content": "x", "title": "y"}\n'},
+         said=("a.jsonl:1: ", "'text'", "content, title", "--text_key")),
+    Case("text is a number", {"a.jsonl": '{"text": 3}'}, said=("a.jsonl:1: ", "'text'")),
+    Case("a list", {"a.jsonl": '["x"]'}, said=("a.jsonl:1: ", "list")),
+    Case("other key", {"a.jsonl": "\n".join(LINES).replace('"text"', '"content"')},
+         dict(text_key="content"), code=0),
+    Case("other key, wrong", {"a.jsonl": LINES[0]}, dict(text_key="body"),
+         said=("'body'", "has text")),
+    # 15: what is kept or changed, and counted
+    Case("odd characters", {
+        "a.txt": "\ufeffone\r\ntwo\r\n\0\0 \r" + GOOD,
+        "b.jsonl": '{"text": "x\\ud800y \\ud83d\\ude00 \\udc00"}\n{"text": "a\\r\\nb\\u0000"}'},
+        code=0, notes=dict(bom=1, crlf=3, nul=3, surrogates=2)),
+    # 16: one document of a single character
+    Case("one character", {"a.txt": "a" * 2_500_000, "b.txt": GOOD}, code=0),
+    Case("one character, model", {"a.jsonl": json.dumps(dict(text="é" * 1_500_000))},
+         dict(tokenizer="MODEL"), code=0),
+    # 17: the names of special tokens
+    Case("special text", {"a.txt": "</s> a </s><s>" + GOOD}, dict(tokenizer="MODEL"), code=0,
+         notes=dict(special_text=3)),
+    Case("special text, ranks", {"a.txt": "</s><|endoftext|>" + GOOD}, dict(tokenizer="RANKS"),
+         code=0, notes=dict(special_text=1)),
+    # 18: the tokenizer's file
+    Case("no tokenizer", {"a.txt": GOOD}, dict(tokenizer="gone.model"),
+         said=("gone.model", "not found", "--tokenizer=FILE")),
+    Case("no tokenizer, hash", {"a.txt": GOOD},
+         dict(tokenizer="gone.model", tokenizer_sha256="12ab" * 16),
+         said=("gone.model", "not found", "12ab" * 16), xfail="recipe_of asks without the hash"),
+    Case("half a tokenizer", {"a.txt": GOOD, "half.model": b"\n\x0e\n\x05<unk>"},
+         dict(tokenizer="text/half.model"), said=("half.model", "truncated or of another kind")),
+    Case("not a tokenizer", {"a.txt": GOOD, "x.json": "{}"}, dict(tokenizer="text/x.json"),
+         said=("x.json", "neither .model nor .tiktoken", "--tokenizer=FILE")),
+    Case("tokenizer with another hash", {"a.txt": GOOD},
+         dict(tokenizer="MODEL", tokenizer_sha256="12ab" * 16),
+         said=("small.model", "12ab" * 16, "HASH")),
+    Case("no such encoding of tiktoken", {"a.txt": GOOD}, dict(tokenizer="tiktoken:gpt9"),
+         said=("tiktoken:gpt9", ".tiktoken file"), xfail="tiktoken's own message has three lines"),
+    Case("tokenizer too big", {"a.txt": GOOD}, dict(tokenizer="MODEL", vocab_size=299),
+         said=("small.model", "300", "299", "--vocab_size=300")),
+    Case("too little text for a tokenizer", {"a.txt": GOOD}, dict(vocab_size=4096),
+         said=("4096", "--vocab_size")),
+    Case("no room for bytes", {"a.txt": GOOD}, dict(vocab_size=200), said=("200", "vocab")),
+    # 19: more ids than 16 bits hold
+    Case("wide ids", {"a.txt": GOOD}, dict(tokenizer="MANY", vocab_size=66_001), code=0),
+    # 25: fewer tokens than rows
+    Case("too little text", {"a.txt": "ban do ki"}, dict(tokenizer="MODEL"),
+         said=("source text", "0 rows of 17", "2 chunks", "--n_chunks", "--seq_len")),
+    Case("one empty file", {"a.txt": GOOD, "b.txt": b""}, code=0, notes=dict(blank=1)),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=(
+    pytest.mark.xfail(strict=True, reason=c.xfail),) * bool(c.xfail)) for c in CASES])
+def test_bad_inputs(case, tmp_path, monkeypatch, capfd, model_file, ranks_file, many_ranks_file):
+    """Said in one line that names the place and the way out, and nothing is written; or counted."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("text"), case.files)
+    files = dict(MODEL=model_file, RANKS=ranks_file, MANY=many_ranks_file)
+    options = dict(input="text") | case.options
+    options = {k: files.get(v, v) for k, v in options.items()}
+    before = files_of(Path("."))
+    capfd.readouterr()
+    code = prepare_here(**options)
+    out, err = capfd.readouterr()
+    after = {k: v for k, v in files_of(Path(".")).items() if k.partition("/")[0] != "data"}
+    assert code == case.code, err
+    assert after == before
+    if code:
+        digest = hashlib.sha256(model_file.read_bytes()).hexdigest()
+        assert len(err.splitlines()) == 1 and err.startswith("error: ") and "Traceback" not in out
+        for part in case.said:
+            assert part.replace("HASH", digest) in err
+        assert not Path("data/demo").exists()
+    else:
+        manifest = read_manifest(Path("data/demo"))
+        one, = manifest["sources"]
+        assert err == "" and one["notes"] == case.notes
+        prepare.verify(Path("data/demo"), manifest)
+        assert [path.name for path in Path("data").iterdir()] == ["demo"]
+
+
+@pytest.mark.xfail(strict=True, reason="data/demo.part stays where make() stops")
+@pytest.mark.parametrize("files, options", [
+    ({"a.txt": "ban do ki"}, dict(tokenizer="MODEL")), ({"a.jsonl": "[1"}, {}),
+    ({"a.txt": GOOD}, dict(vocab_size=4096))], ids=["too little text", "broken json", "vocab"])
+def test_an_error_leaves_nothing_behind(files, options, tmp_path, monkeypatch, model_file):
+    monkeypatch.chdir(tmp_path)
+    write(Path("text"), files)
+    before = files_of(Path("."))
+    options = {k: model_file if v == "MODEL" else v for k, v in options.items()}
+    assert prepare_here(input="text", **options) == DATA
+    assert files_of(Path(".")) == before
+
+
+def prepared_text(files: dict, monkeypatch, root: Path, **options) -> tuple[str, dict]:
+    """All training and held-out text of one document's file, and the manifest."""
+    monkeypatch.chdir(root)
+    write(Path("text"), files)
+    assert prepare_here(input="text", seq_len=1, n_chunks=1, **options) == 0
+    manifest = read_manifest(Path("data/demo"))
+    rows = {}
+    for name in ("train_000.bin", "valid_text.bin"):
+        origin = np.load(f"data/demo/provenance/{name}.npy")[:, 2].tolist()
+        rows |= dict(zip(origin, open_rows(Path("data/demo"), manifest, name).tolist(),
+                         strict=True))
+    ids = [i for _, row in sorted(rows.items()) for i in row]
+    return load_tokenizer(Path("data/demo")).decode(ids), manifest
+
+
+def test_odd_characters_are_normalised_as_documented(tmp_path, monkeypatch, model_file):
+    """The byte order mark goes, CRLF becomes LF, a lone surrogate U+FFFD; NUL and CR stay."""
+    files = {"a.jsonl": json.dumps(dict(text="\ufeffx\r\ny\rz\0 \ud800 </s> \ufeff.")) + "\n"}
+    text, manifest = prepared_text(files, monkeypatch, tmp_path, tokenizer=model_file)
+    assert "x\ny\rz\0 \ufffd </s> \ufeff.".startswith(text) and len(text) > 12
+    assert manifest["sources"][0]["notes"] == dict(bom=1, crlf=1, surrogates=1, nul=1,
+                                                   special_text=1)
+
+
+def test_a_line_break_on_the_edge_of_a_part_is_one(tmp_path, monkeypatch, model_file):
+    """CR and LF that fall into two reads are still CRLF."""
+    monkeypatch.setattr(sources, "PART", 8)
+    text, manifest = prepared_text({"a.txt": "1234567\r\nab\r\nc\r\nd"}, monkeypatch, tmp_path,
+                                   tokenizer=model_file)
+    assert "1234567\nab\nc\nd".startswith(text) and len(text) > 12
+    assert manifest["sources"][0]["notes"] == dict(crlf=3)
+
+
+def test_the_byte_that_is_not_text_is_found_in_any_part(tmp_path, monkeypatch):
+    """Whatever the parts a file is read in, the offset is that of Python's own decoder."""
+    path = tmp_path / "a.txt"
+
+    @EXAMPLES
+    @given(st.binary(max_size=12) | st.text(max_size=8).map(lambda t: t.encode("utf-8", "replace")),
+           st.binary(max_size=6), st.integers(1, 9))
+    def check(start, end, part):
+        monkeypatch.setattr(sources, "PART", part)
+        path.write_bytes(start + end)
+        try:
+            (start + end).decode()
+            bad = None
+        except UnicodeDecodeError as error:
+            bad = error.start
+        assert sources.scan(path, "utf-8") == (hashlib.sha256(start + end).hexdigest(), bad)
+    check()
+
+
+def test_wide_ids_do_not_wrap(tmp_path, monkeypatch, many_ranks_file):
+    monkeypatch.chdir(tmp_path)
+    write(Path("text"), {"a.txt": "ban " * 100})
+    assert prepare_here(input="text", tokenizer=many_ranks_file, vocab_size=66_001) == 0
+    manifest = read_manifest(Path("data/demo"))
+    assert manifest["dtype"] == "uint32" and manifest["tokenizer"]["eos"] == 66_000
+    rows = np.fromfile("data/demo/train_000.bin", "<u4").reshape(-1, 17)
+    assert np.array_equal(rows, open_rows(Path("data/demo"), manifest, "train_000.bin"))
+    coder = load_tokenizer(many_ranks_file).coder
+    whole = coder.encode_ordinary("ban " * 100) + [66_000]
+    origin = np.load("data/demo/provenance/train_000.bin.npy")[:, 2]
+    assert [whole[i * 17:i * 17 + 17] for i in origin] == rows.tolist() and rows.max() > 65_535
+
+
+def test_no_sources_and_no_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bare.py").write_text(DEMO.read_text() + "sources = []\n")
+    assert prepare_here(Path("bare.py")) == USAGE
+    err = capsys.readouterr().err
+    assert "bare.py" in err and "--input=PATH" in err and sorted(files_of(Path("."))) == ["bare.py"]
+
+
+def test_what_a_killed_preparation_left_is_no_obstacle(tmp_path, monkeypatch, model_file):
+    monkeypatch.chdir(tmp_path)
+    write(Path("text"), {"a.txt": GOOD})
+    write(Path("data/demo.part"), {"train_007.bin": b"rest", "provenance/x.npy": b"rest"})
+    assert prepare_here(input="text", tokenizer=model_file) == 0
+    assert [p.name for p in Path("data").iterdir()] == ["demo"]
+    assert not [name for name in files_of(Path("data/demo")) if name.endswith(("x.npy", "7.bin"))]
+
+
+# ---- what its readers check ----------------------------------------------------------------------
+
+def unreadable(folder: Path, name: str = "train_001.bin") -> str:
+    """Why rows cannot be opened, in one line."""
+    with pytest.raises(Stop) as stop:
+        open_rows(folder, read_manifest(folder), name)
+    assert stop.value.code == DATA and len(str(stop.value).splitlines()) == 1
+    return str(stop.value)
+
+
+def test_rows_are_opened_as_they_were_written(copied):
+    manifest = read_manifest(copied)
+    for name, rows, _ in bins(copied):
+        opened = open_rows(copied, manifest, name)
+        assert opened.shape == (manifest["files"][name]["rows"], 17) and opened.dtype == "uint16"
+        assert np.array_equal(opened, rows)
+    with pytest.raises(ValueError):
+        opened[0, 0] = 1  # mapped for reading
+
+
+@pytest.mark.parametrize("change, found", [
+    (lambda b: b[:-1], -1), (lambda b: b[:-34], -34), (lambda b: b"", None),
+    (lambda b: b + b"\0" * 34, 34), (lambda b: b + b"\0", 1)],
+    ids=["truncated", "row less", "empty", "row more", "odd byte"])
+def test_rows_of_another_size_are_refused(copied, change, found):
+    path = copied / "train_001.bin"
+    good = path.read_bytes()
+    path.write_bytes(change(good))
+    size = 0 if found is None else len(good) + found
+    said = unreadable(copied)
+    assert f"{path} has {size} bytes, expected {len(good)} " in said and "of 17 uint16" in said
+
+
+def test_changed_rows_are_refused(copied):
+    """Any one bit, and two files that changed places."""
+    path, manifest = copied / "train_001.bin", read_manifest(copied)
+    good, dice = path.read_bytes(), random.Random(1)
+    for _ in range(20):
+        at = dice.randrange(len(good))
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << dice.randrange(8)]) + good[at + 1:])
+        said = unreadable(copied)
+        assert f"{path} was changed" in said and configs.sha256_file(path) in said
+        assert manifest["files"]["train_001.bin"]["sha256"] in said
+    shutil.copy(copied / "train_000.bin", path)
+    assert f"{path} was changed" in unreadable(copied)
+    path.unlink()
+    assert f"{path} is missing" in unreadable(copied)
+    assert "train_999.bin is missing" in unreadable(copied, "train_999.bin")
+
+
+@pytest.mark.parametrize("bad", [300, 65_535])
+def test_an_id_that_the_tokenizer_has_not_is_refused(copied, bad):
+    """Even under a correct hash: it would end in the embedding, far from its cause."""
+    path, manifest = copied / "train_001.bin", read_manifest(copied)
+    rows = np.fromfile(path, np.uint16).reshape(-1, 17)
+    for value in (299, bad):
+        rows[2, 5] = value
+        rows.tofile(path)
+        manifest["files"][path.name]["sha256"] = configs.sha256_file(path)
+        configs.write_sealed(copied / "manifest.json", manifest)
+        if value == 299:  # the last that it has
+            assert open_rows(copied, read_manifest(copied), path.name)[2, 5] == 299
+    said = unreadable(copied)
+    assert f"{path}: id {bad} at row 2, token 5 (byte {(2 * 17 + 5) * 2})" in said and "300" in said
+
+
+def test_verify_finds_what_changed_and_changes_nothing(copied, capfd):
+    """Each file of the set in turn: a bit, and the whole file."""
+    names = [name for name, content in files_of(copied).items() if content is not None]
+    assert {"manifest.json", "manifest.json.sha256", "tokenizer.model", "train_000.bin",
+            "provenance/text_files.json", "provenance/train_000.bin.npy"} <= set(names)
+    manifest = read_manifest(copied)
+    assert set(names) == {*manifest["files"], "manifest.json", "manifest.json.sha256"}
+    for name in names:
+        path = copied / name
+        good = path.read_bytes()
+        for bad in (good[:-1] + bytes([good[-1] ^ 1]) if name != "manifest.json.sha256"
+                    else b"0" + good, None):
+            path.unlink() if bad is None else path.write_bytes(bad)
+            before = files_of(Path("."))
+            capfd.readouterr()
+            assert prepare_here(dataset="small", verify="true") == DATA, name
+            out, err = capfd.readouterr()
+            assert str(path) in err or path.name in err
+            assert len(err.splitlines()) == 1 and "as the manifest says" not in out
+            assert files_of(Path(".")) == before
+        path.write_bytes(good)
+    assert prepare_here(dataset="small", verify="true") == 0
+
+
+def test_a_set_that_is_not_there_or_of_another_format(copied, capsys):
+    assert prepare_here(dataset="gone", verify="true") == DATA
+    assert "gone not found" in (err := capsys.readouterr().err) and "prepare.py" in err
+    manifest = read_manifest(copied)
+    configs.write_sealed(copied / "manifest.json", manifest | dict(format=99))
+    for option in ("verify", "stats"):
+        assert prepare_here(dataset="small", **{option: "true"}) == DATA
+        err = capsys.readouterr().err
+        assert "has format 99" in err and f"reads {prepare.FORMAT}" in err
