@@ -361,9 +361,9 @@ def deal(config: Config, folder: Path, parts: list[tuple[Part, Part]], dtype: st
                        f"{len(train.rows)} rows of {T1}: too few for {data.n_chunks} chunks; give "
                        "more text, or a smaller --n_chunks or --seq_len")
         if (epochs := n * data.n_chunks / len(train.rows)) > MAX_EPOCHS:
-            raise Stop(DATA, f"source {source.name} has {len(train.rows)} rows and would be repeated "
-                       f"{epochs:,.0f} times, the limit is {MAX_EPOCHS}; give more text or a smaller "
-                       "--rows_per_chunk")
+            raise Stop(DATA, f"source {source.name} has {len(train.rows)} rows and would be "
+                       f"repeated {epochs:,.0f} times, the limit is {MAX_EPOCHS}; give more text "
+                       "or a smaller --rows_per_chunk")
     way = folder / "provenance"
     for k in tqdm(range(data.n_chunks), desc="chunks", disable=None):
         picks, origin = [], []

@@ -333,8 +333,7 @@ def write_run(record: dict, out: Path, place: Place, argv: list[str], step: int)
 
 def truncate_metrics(path: Path, step: int) -> None:
     """Forget the lines after a step, and a last line that a kill cut short."""
-    if not path.is_file():
-        return
+    path.touch()
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
             if line.endswith("\n") and json.loads(line)["step"] <= step]
     part = Path(f"{path}.part")
@@ -427,10 +426,12 @@ def start(config: Config, plan: Plan, place: Place, found: tuple[Path, dict] | N
     return model, optimizer, state
 
 
-def explain(error: RuntimeError, config: Config, place: Place, model: Transformer) -> Exception:
-    """The line a user can act on, for what goes wrong in a first step; else the error itself."""
+def explain(error: RuntimeError, config: Config, place: Place) -> Stop | None:
+    """The line a user can act on, for what goes wrong in a first step; None for bugs of ours."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        c, o, n = config.model, config.optim, sum(p.numel() for p in model.parameters())
+        with torch.device("meta"):
+            n = sum(p.numel() for p in Transformer(config.model).parameters())
+        c, o = config.model, config.optim
         micro = o.micro_batch_size or o.batch_size // place.world
         return Stop(ENVIRONMENT, f"out of memory with micro-batches of {micro} rows of "
                     f"{c.seq_len}: {n:,} parameters take {16 * n / 1e9:.2f} GB with gradients and "
@@ -441,7 +442,7 @@ def explain(error: RuntimeError, config: Config, place: Place, model: Transforme
         first = str(error).strip().splitlines()[0]
         return Stop(ENVIRONMENT, f"torch.compile failed ({first}); it needs a C++ compiler: "
                     "install one or give --compile=false")
-    return error
+    return None
 
 
 def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
@@ -483,21 +484,17 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
 
     first = state["step"] + 1
     if found and state["step"] % plan.steps_per_visit == 0:
-        logged = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
-        if not any(json.loads(line)["kind"] == "valid" and json.loads(line)["step"] == state["step"]
-                   for line in logged.splitlines()):  # killed between its save and its validation
-            report(state["step"])
+        logged = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        if not any(line["kind"] == "valid" and line["step"] == state["step"] for line in logged):
+            report(state["step"])  # the run was killed between a save and its validation
     began = done = time.perf_counter()
     for step, numbers, rows in batches(config, plan, manifest, folder, first):
         read = time.perf_counter()
         lr = lr_at(step, config.optim, plan.last)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        try:
-            loss = forward_backward(runner, rows[place.rank * n_rank:(place.rank + 1) * n_rank],
-                                    micro, place)
-        except RuntimeError as error:
-            raise explain(error, config, place, model) from error
+        mine = rows[place.rank * n_rank:(place.rank + 1) * n_rank]
+        loss = forward_backward(runner, mine, micro, place)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
         # .item() makes the CPU wait for the device; once a step, for both numbers
         loss_now, norm_now = torch.stack((total(loss, place) / place.world, norm)).tolist()
@@ -575,7 +572,12 @@ def main(argv: list[str]) -> None:
         truncate_metrics(out / "metrics.jsonl", step)
     if place.world > 1:
         dist.barrier()
-    train(config, manifest, place, plan, out, found)
+    try:
+        train(config, manifest, place, plan, out, found)
+    except RuntimeError as error:
+        if stop := explain(error, config, place):
+            raise stop from error
+        raise
     say(f"finished: {out} has {len(list(out.glob('ckpt_*[0-9]')))} checkpoints")
     if place.world > 1:
         dist.destroy_process_group()

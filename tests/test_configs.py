@@ -352,6 +352,12 @@ def test_a_run_file_that_fails_is_named_with_its_line(file, added, line, said):
     assert one.endswith("a run file holds only key = value lines")
 
 
+@pytest.mark.xfail(strict=True, raises=SystemExit, reason="SystemExit is no Exception: rc 0")
+def test_a_run_file_that_exits_is_named_with_its_line(file):
+    one, = refused(file("raise SystemExit(0)\n"))
+    assert one.startswith(f"mine.py:{END + 1}: ")
+
+
 def test_a_run_file_that_is_not_text(file):
     Path("binary.py").write_bytes(bytes(range(256)))
     one, = refused("binary.py")

@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import random
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -210,6 +211,11 @@ def docstrings(node: ast.AST) -> list[tuple[int, str]]:
     return found
 
 
+def is_utf8(text: str) -> bool:
+    """No lone surrogates in it."""
+    return text.encode(errors="ignore").decode() == text
+
+
 @functools.cache
 def library(name: str) -> dict[int, str]:
     """The documents of a file of the standard library: line -> text."""
@@ -224,8 +230,8 @@ def library(name: str) -> dict[int, str]:
     else:
         docs = docstrings(ast.parse(text))
         found = {docs[0][0]: "\n\n".join(doc for _, doc in docs)} if docs else {}
-    return {line: "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c
-                          for c in doc.replace("\r\n", "\n"))
+    return {line: doc.replace("\r\n", "\n") if is_utf8(doc) else "".join(
+                c if is_utf8(c) else "\ufffd" for c in doc.replace("\r\n", "\n"))
             for line, doc in found.items() if doc.strip()}
 
 
@@ -400,7 +406,8 @@ def packed(root: Path, model: Path) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("documents", [40, 130])
 def test_an_independent_packer_gives_the_same_bytes(documents, tmp_path, monkeypatch, capsys):
     """By 1, 2 and 3 workers, in batches of few documents and pieces of long ones; and again."""
-    monkeypatch.setattr(prepare, "BLOCK", 5000)
+    monkeypatch.setattr(sources, "BLOCK", 5000)
+    monkeypatch.setattr(prepare, "BATCH", 5000)
     make_text(tmp_path / "text", documents)
     sets = []
     for name, workers in (("one", 1), ("two", 2), ("three", 3), ("again", 1)):
@@ -472,6 +479,18 @@ def test_two_sources_are_mixed_by_weight_and_repeated(tmp_path, monkeypatch, mod
         assert Path(f"data/mix/provenance/few_epoch_{epoch}.npy").is_file()
 
 
+@pytest.mark.xfail(strict=True, reason="it is said to be too short for the chunks")
+def test_a_weight_too_small_for_one_row_is_named(tmp_path, monkeypatch, capsys, model_file):
+    monkeypatch.chdir(tmp_path)
+    for name in ("big", "tiny"):
+        write(Path(name), {"a.txt": story(3000, 1)})
+    Path("mix.py").write_text(DEMO.read_text() + "sources = [dict(name='big', path='big'),\n"
+                              "    dict(name='tiny', path='tiny', weight=0.001)]\n")
+    assert prepare_here(Path("mix.py"), rows_per_chunk=10, tokenizer=model_file) == DATA
+    err = capsys.readouterr().err
+    assert "tiny" in err and "weight" in err
+
+
 def test_preparing_again_changes_nothing(copied, small, capsys):
     shutil.copytree(small.parents[1] / "text", "text")
     before = files_of(Path("."))
@@ -532,10 +551,9 @@ def texts(pieces: list[str], least: int, most: int) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(pieces), min_size=least, max_size=most).map("".join)
 
 
-# Words of at most twelve characters, each with a blank behind it and perhaps more.
-GAPS = texts([*"   \n\t\u3000"], 0, 6)
-WORDS = st.tuples(texts([*"abdeknst.</>\0\x1b09éß中🎉", "ba", "the"], 1, 4), st.just(" "), GAPS)
-SPACED = st.lists(WORDS.map("".join), min_size=15, max_size=50)
+# Many blanks of all kinds, and in every 20 characters a place to cut, behind the "x".
+SPACED = st.text("    \n\t\u3000abdeknst</>.09\0\x1béß中🎉", min_size=60, max_size=200).map(
+    lambda text: re.sub("(.{17})", r"\1x y", text, flags=re.DOTALL))
 # Blanks wherever they may be, the names of special tokens, and any other text. U+2581 is left out:
 # it is sentencepiece's mark of a blank, and comes back as one.
 ODD = texts([*"at 19.\n\t\0é中🎉\ufffd\ufeff", "  ", "    ", "</s>", "<s>", "<unk>", "<0x0A>",
@@ -559,14 +577,13 @@ def tokenizer(request, model_file, ranks_file) -> Tokenizer:
 
 
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 40)  # every half of it holds a place to cut
+    monkeypatch.setattr(sources, "BLOCK", 40)  # every half of it holds a place to cut
     whole, cuts = pair(tokenizer), []
 
     @EXAMPLES
-    @given(st.text(" ", max_size=5), SPACED)
-    def check(blanks, words):
-        text = blanks + "".join(words)
-        pieces = list(prepare.blocks([text]))
+    @given(SPACED)
+    def check(text):
+        pieces = list(sources.blocks([text]))
         assert "".join(pieces) == text and all(0 < len(piece) <= 40 for piece in pieces)
         assert tokenizer.encode(text) == whole(text)
         cuts.append(max(0, len(pieces) - 1))
@@ -575,15 +592,22 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch):
 
 
 def test_pieces_do_not_depend_on_how_the_text_arrives(monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK", 40)
+    monkeypatch.setattr(sources, "BLOCK", 40)
 
     @EXAMPLES
     @given(st.lists(ANY, max_size=12))
     def check(parts):
-        pieces = list(prepare.blocks(parts))
-        assert pieces == list(prepare.blocks(["".join(parts)])) and "" not in pieces
+        pieces = list(sources.blocks(parts))
+        assert pieces == list(sources.blocks(["".join(parts)])) and "" not in pieces
         assert "".join(pieces) == "".join(parts) and all(len(p) <= 40 for p in pieces)
     check()
+
+
+@pytest.mark.xfail(strict=True, reason="a cut between U+2581 and a blank parts one run of blanks")
+def test_no_cut_between_a_blank_and_its_mark(model_file, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 40)
+    tokenizer, text = load_tokenizer(model_file), "a" * 38 + "▁ b" + " b" * 30
+    assert tokenizer.encode(text) == pair(tokenizer)(text)
 
 
 def test_text_comes_back(tokenizer):
@@ -736,6 +760,15 @@ def test_a_tokenizer_with_another_hash_is_refused(tmp_path, model_file):
     said = unloadable(model_file, "0" * 64)
     assert all(part in said for part in (str(model_file), digest, "0" * 64))
     assert "0" * 64 in unloadable(tmp_path / "gone.model", "0" * 64)
+
+
+@pytest.mark.xfail(strict=True, reason="read_tokenizer remembers a path, not what lies there")
+def test_a_tokenizer_that_was_replaced_is_read_again(tmp_path):
+    path = tmp_path / "mine.tiktoken"
+    for content in (ranks(MERGES), ranks(MERGES[:5])):
+        path.write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        assert load_tokenizer(path, digest).spec()["sha256"] == digest
 
 
 @pytest.mark.xfail(strict=True, raises=BaseException,
@@ -924,6 +957,9 @@ CASES = [  # users.md, section 5
     # 25: fewer tokens than rows
     Case("too little text", {"a.txt": "ban do ki"}, dict(tokenizer="MODEL"),
          said=("source text", "0 rows of 17", "2 chunks", "--n_chunks", "--seq_len")),
+    # 24: far more rows than there are
+    Case("repeated too often", {"a.txt": GOOD}, dict(tokenizer="MODEL", rows_per_chunk=100_000),
+         said=("source text has ", "limit is 100", "--rows_per_chunk")),
     Case("one empty file", {"a.txt": GOOD, "b.txt": b""}, code=0, notes=dict(blank=1)),
 ]
 
