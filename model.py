@@ -23,8 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from configs import CHECKPOINT, ENVIRONMENT, ModelConfig, Stop, read_sealed, sha256_file
+
+IGNORE = -100  # a target that is not counted
+LOSS_LOGITS = 2**22  # logits held at once for the loss: 16 MB, in and out of a CPU's cache
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values (B, H_kv, seq_len, D)
 
@@ -140,18 +144,28 @@ class Transformer(nn.Module):
                 cache: Cache | None = None, start: int = 0) -> torch.Tensor:
         """idx (B, T) int64 -> logits (B, T, V); with targets (B, T), the mean loss in nats, fp32.
 
-        A target of -100 is not counted. With a cache, idx continues the `start` tokens in it.
+        A target of IGNORE is not counted. With a cache, idx continues the `start` tokens in it.
         """
         x = self.model["embed_tokens"](idx)  # (B, T, C)
         end = start + idx.size(1)
         cos, sin = self.cos[start:end], self.sin[start:end]
         for i, block in enumerate(self.model["layers"]):
             x = block(x, cos, sin, cache[i] if cache is not None else None, start)
-        logits = self.lm_head(self.model["norm"](x))  # (B, T, V)
+        x = self.model["norm"](x)
         if targets is None:
-            return logits
-        # fp32: a bfloat16 loss has two or three digits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.lm_head(x)  # (B, T, V)
+        # All logits at once would be the largest tensor of the step, three times over (fp32 and
+        # gradients too). So the head runs on few tokens at a time and again in the backward pass.
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
+        n = max(1, LOSS_LOGITS // self.config.vocab_size)
+        nats = sum(checkpoint(self.summed_loss, a, b, use_reentrant=False)
+                   for a, b in zip(x.split(n), targets.split(n), strict=True))
+        return nats / (targets != IGNORE).sum()
+
+    def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of some tokens, x (n, C) -> (). fp32: in bfloat16 it has three digits."""
+        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=IGNORE,
+                               reduction="sum")
 
     # ---- text ------------------------------------------------------------------------------------
 

@@ -39,13 +39,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import (DATA, SECTIONS, USAGE, Config, DataConfig, Source, Stop, key, load,
+from configs import (DATA, SECTIONS, USAGE, Config, Source, Stop, key, load,
                      read_sealed, run, say, sha256_file, sync, write_sealed)
-from extras.sources import Corpus, blocks, documents, open_corpus, pieces
+from extras.sources import (Corpus, blocks, is_held_out, no_documents, open_corpus, pieces,
+                            sample_text)
 
 FORMAT = 1  # of data/<dataset>/: readers refuse another
 BATCH = 1 << 20  # characters sent to a worker at once
-TOKENIZER_SAMPLE = 8_000_000  # characters a new tokenizer is trained on
 MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the numbers
 HELD_OUT = -1  # the "epoch" of held-out rows in the provenance tables
 FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
@@ -86,10 +86,14 @@ class Tokenizer:
         self.add_bos = False
         if kind == "tiktoken":
             import tiktoken
-            ranks = {base64.b64decode(token): int(rank) for token, rank in
-                     (line.split() for line in data.splitlines() if line)}
+            pairs = [line.split() for line in data.splitlines() if line]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            if [*ranks.values()] != [*range(len(pairs))] or not {bytes([b]) for b in range(256)
+                                                                 } <= ranks.keys():
+                raise ValueError("its ranks do not count from 0, or lack some single bytes")
+            self.ranks = ranks  # token -> id, in the order of the ids
             self.pattern = spec.get("pattern", PATTERN)
-            self.special_tokens = spec.get("special_tokens", {EOT: max(ranks.values()) + 1})
+            self.special_tokens = spec.get("special_tokens", {EOT: len(ranks)})
             self.bos, self.eos = None, self.special_tokens[EOT]
             self.coder = tiktoken.Encoding("ranks", pat_str=self.pattern, mergeable_ranks=ranks,
                                            special_tokens=self.special_tokens)
@@ -131,11 +135,11 @@ class Tokenizer:
         A leading blank (the mark of sentencepiece) is one byte, a byte piece is one, EOS none.
         """
         sizes = np.zeros(self.vocab_size, np.int64)
+        if self.kind == "tiktoken":
+            sizes[:len(self.ranks)] = [len(token) for token in self.ranks]
+            return sizes
         for i in range(self.vocab_size):
-            if self.kind == "tiktoken":
-                special = i in self.special_tokens.values()
-                sizes[i] = 0 if special else len(self.coder.decode_single_token_bytes(i))
-            elif self.coder.is_byte(i):
+            if self.coder.is_byte(i):
                 sizes[i] = 1
             elif not self.coder.is_control(i) and not self.coder.is_unknown(i):
                 sizes[i] = len(self.coder.id_to_piece(i).replace("▁", " ").encode())
@@ -154,11 +158,15 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
+def build_tokenizer(kind: str, data: bytes, spec: str) -> Tokenizer:
+    return Tokenizer(kind, data, json.loads(spec))
+
+
 def read_tokenizer(file: str, spec: str) -> Tokenizer:
     """The tokenizer of a file; `spec` is json of what the file cannot say. Raises Stop(DATA)."""
     kind = "tiktoken" if file.endswith(".tiktoken") else "sentencepiece"
     try:
-        return Tokenizer(kind, Path(file).read_bytes(), json.loads(spec))
+        return build_tokenizer(kind, Path(file).read_bytes(), spec)
     except (ValueError, RuntimeError, KeyError) as error:  # base64, int(), sentencepiece
         raise Stop(DATA, f"tokenizer {file} is truncated or of another kind: {error}") from error
 
@@ -171,8 +179,11 @@ def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer:
     file, config, spec = Path(path), {}, {}
     if file.is_dir():
         if (file / "tokenizer_config.json").is_file():
-            config = json.loads((file / "tokenizer_config.json").read_text(encoding="utf-8"))
-            spec = config.get("nano360", {})
+            try:
+                config = json.loads((file / "tokenizer_config.json").read_text(encoding="utf-8"))
+                spec = config.get("nano360", {})
+            except (ValueError, AttributeError) as error:
+                raise Stop(DATA, f"{file}/tokenizer_config.json is broken: {error}") from error
         elif (file / "manifest.json").is_file():
             spec = json.loads((file / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
         names = [n for n in ("tokenizer.model", "tokenizer.tiktoken") if (file / n).is_file()]
@@ -255,17 +266,17 @@ def ordered(pool: ProcessPoolExecutor, work: Callable, jobs: Iterator, ahead: in
             yield done, future.result()
 
 
-def tokenize(corpus: Corpus, config: Config, tokenizer: Tokenizer, dtype: str, folder: Path,
+def tokenize(corpus: Corpus, config: Config, tokenizer: Tokenizer, dtype: str, stream: Path,
              pool: ProcessPoolExecutor, workers: int) -> np.ndarray:
-    """Write a source's stream of tokens to NAME.stream; return the table of its documents.
+    """Write a source's tokens to the file `stream`; return the table of its documents.
 
     The table is (documents, 3) int64: first token in the stream, number of the file, line.
     """
-    file, spec = folder / tokenizer.file, tokenizer.spec()
+    file, spec = stream.parent / tokenizer.file, tokenizer.spec()
     work = functools.partial(encode_batch, str(file), json.dumps(spec), dtype)
-    table, at, name = [], 0, corpus.source.name
-    with open(folder / f"{name}.stream", "wb") as out, tqdm(
-            desc=f"tokenize {name}", unit="B", unit_scale=True, disable=None) as bar:
+    table, at = [], 0
+    with open(stream, "wb") as out, tqdm(desc=f"tokenize {corpus.source.name}", unit="B",
+                                         unit_scale=True, disable=None) as bar:
         jobs = batches(pieces(corpus, config.data, list(tokenizer.special_tokens)))
         for batch, (ids, counts) in ordered(pool, work, jobs, 2 * workers):
             out.write(ids)
@@ -275,20 +286,13 @@ def tokenize(corpus: Corpus, config: Config, tokenizer: Tokenizer, dtype: str, f
                 at += count
                 bar.update(len(text))
     if not table:
-        raise Stop(DATA, f"source {name}: 0 documents in {corpus.source.path} "
-                   f"({len(corpus.files)} files, {corpus.notes['blank']} blank documents)")
+        raise no_documents(corpus)
     return np.array(table, np.int64)
 
 
 def open_tokens(path: Path, dtype: str) -> np.ndarray:
     """The tokens of a stream's file, (tokens,); mapped, not read."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
-    """By the hash of where a document came from: nothing else in the set moves it."""
-    digest = hashlib.sha256(f"{data.seed}/{source}/{file}:{line}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < data.valid_share * 2**64
 
 
 @dataclass
@@ -299,14 +303,14 @@ class Part:
     rows: np.ndarray  # (rows,) int64
 
 
-def hold_out(corpus: Corpus, index: int, config: Config, folder: Path, dtype: str,
+def hold_out(corpus: Corpus, index: int, config: Config, stream: Path, dtype: str,
              docs: np.ndarray) -> tuple[Part, Part]:
     """Part a source's stream into training and held-out rows.
 
     Whole documents where there are 100 or more; else single rows of the one stream.
     """
     data, T1, name = config.data, config.model.seq_len + 1, corpus.source.name
-    tokens = open_tokens(folder / f"{name}.stream", dtype)
+    tokens = open_tokens(stream, dtype)
     if len(docs) < 100:
         n = len(tokens) // T1
         n_valid = min(data.valid_rows, int(np.ceil(n * data.valid_share)), n - 1)
@@ -317,7 +321,7 @@ def hold_out(corpus: Corpus, index: int, config: Config, folder: Path, dtype: st
                      for _, number, line in docs])
     ends, parts = np.append(docs[1:, 0], len(tokens)), []
     for side, chosen in (("train", ~held), ("valid", held)):
-        table, path, at = docs[chosen], folder / f"{name}.{side}.stream", 0
+        table, path, at = docs[chosen], stream.with_suffix(f".{side}.stream"), 0
         with open(path, "wb") as out:
             for i, (start, end) in enumerate(zip(docs[chosen, 0], ends[chosen], strict=True)):
                 out.write(tokens[start:end].tobytes())
@@ -356,6 +360,9 @@ def deal(config: Config, folder: Path, parts: list[tuple[Part, Part]], dtype: st
     data, T1 = config.data, config.model.seq_len + 1
     per_chunk = shares(config, [len(train.rows) for train, _ in parts])
     for source, (train, _), n in zip(data.sources, parts, per_chunk, strict=True):
+        if not n and len(train.rows) >= data.n_chunks:
+            raise Stop(DATA, f"source {source.name} gets 0 of {data.rows_per_chunk} rows a chunk "
+                       f"by its weight {source.weight:g}; give it more, or raise --rows_per_chunk")
         if not n or not len(train.rows):
             raise Stop(DATA, f"source {source.name} has {len(train.tokens)} tokens, "
                        f"{len(train.rows)} rows of {T1}: too few for {data.n_chunks} chunks; give "
@@ -479,26 +486,13 @@ def choose_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
         try:
             coder = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
         except (ValueError, OSError) as error:
-            raise Stop(DATA, f"--tokenizer={name}: {error}; give a .tiktoken file") from error
+            reason = str(error).splitlines()[0]
+            raise Stop(DATA, f"--tokenizer={name}: {reason}; give a .tiktoken file") from error
         ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank
                          for token, rank in coder._mergeable_ranks.items())
         spec = dict(pattern=coder._pat_str, special_tokens=coder._special_tokens)
         return Tokenizer("tiktoken", ranks, spec)
     return load_tokenizer(name, data.tokenizer_sha256)
-
-
-def sample_text(corpus: Corpus, data: DataConfig) -> Iterator[str]:
-    """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
-    unheard, limit = dataclasses.replace(corpus, notes=collections.Counter()), TOKENIZER_SAMPLE
-    limit *= corpus.source.weight / sum(source.weight for source in data.sources)
-    found, size = [], 0
-    for number, line, parts in documents(unheard, data, []):
-        text = next(blocks(parts), "")  # enough of a long one
-        found.append((is_held_out(data, corpus.source.name, corpus.files[number][0], line), text))
-        size += len(text)
-        if size > limit:
-            break
-    return (text for held, text in found if len(found) < 100 or not held)
 
 
 def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
@@ -512,7 +506,8 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
             "encoding")
     return dict(format=FORMAT, sources=sources, seq_len=config.model.seq_len,
                 vocab_size=config.model.vocab_size,
-                tokenizer=name if known else load_tokenizer(name).spec()["sha256"],
+                tokenizer=name if known else load_tokenizer(
+                    name, data.tokenizer_sha256).spec()["sha256"],
                 **{k: getattr(data, k) for k in keys})
 
 
@@ -529,14 +524,15 @@ def make(config: Config, corpora: list[Corpus], recipe: dict, folder: Path) -> d
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for index, corpus in enumerate(corpora):
             name = corpus.source.name
-            docs = tokenize(corpus, config, tokenizer, dtype, folder, pool, workers)
-            parts.append(hold_out(corpus, index, config, folder, dtype, docs))
+            stream = folder / f"{index}.stream"
+            docs = tokenize(corpus, config, tokenizer, dtype, stream, pool, workers)
+            parts.append(hold_out(corpus, index, config, stream, dtype, docs))
             (folder / "provenance" / f"{name}_files.json").write_text(
                 json.dumps([file for file, _ in corpus.files]), encoding="utf-8")
             sources.append(recipe["sources"][index] | dict(
                 licence=corpus.source.licence, documents=len(docs),
                 bytes=corpus.notes.pop("bytes"), notes=dict(corpus.notes), fim_rate=0.0,
-                all_tokens=len(open_tokens(folder / f"{name}.stream", dtype))))
+                all_tokens=len(open_tokens(stream, dtype))))
     sources = [one | fact for one, fact in
                zip(sources, deal(config, folder, parts, dtype), strict=True)]
     for stream in folder.glob("*.stream"):
@@ -581,11 +577,15 @@ def main(argv: list[str]) -> None:
     part = Path(f"{folder}.part")
     shutil.rmtree(part, ignore_errors=True)  # what a killed preparation left
     part.mkdir(parents=True)
-    manifest = make(config, corpora, recipe, part)
-    write_sealed(part / "manifest.json", manifest)
-    for path in part.rglob("*"):
-        sync(path)
-    part.rename(folder)
+    try:
+        manifest = make(config, corpora, recipe, part)
+        write_sealed(part / "manifest.json", manifest)
+        for path in part.rglob("*"):
+            sync(path)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     sync(folder.parent)
     show(folder, manifest)
 

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -90,7 +91,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    dataset: str = key("folder below data/; the run file's name unless given", "", pattern=NAME)
+    dataset: str = key("folder below data/; the run file's name unless given", pattern=NAME)
     sources: tuple[Source, ...] = key("the mix: [dict(name=, path=, weight=, licence=)]", ())
     tokenizer: str = key("bpe: train one; tiktoken:NAME; or a file, .model or .tiktoken", "bpe")
     tokenizer_sha256: str = key("sha256 the tokenizer file must have; empty: any", "",
@@ -131,7 +132,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    run: str = key("folder below out/; the run file's name unless given", "", pattern=NAME)
+    run: str = key("folder below out/; the run file's name unless given", pattern=NAME)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("where to compute", "auto", free=True)
     dtype: Literal["auto", "float32", "bfloat16"] = key("type of the matrix products", "auto",
                                                         free=True)
@@ -212,13 +213,17 @@ def check_value(value: Any, hint: Any, field: dataclasses.Field) -> tuple[Any, s
     if typing.get_origin(kind) is tuple:  # the sources
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, dict) for v in value):
             return value, "wants a list of dict(...)"
-        item = typing.get_args(kind)[0]
-        return tuple(fill([item], {k: (v, f"{field.name}[{i}]") for k, v in one.items()})[0]
-                     for i, one in enumerate(value)), ""
+        item, made, errors = typing.get_args(kind)[0], [], []
+        for i, one in enumerate(value):
+            try:
+                made += fill([item], {k: (v, f"{field.name}[{i}]") for k, v in one.items()})
+            except Stop as stop:
+                errors += str(stop).splitlines()
+        return tuple(made), "\n".join(errors)
     if type(value) is not kind:  # bool is an int to isinstance, and 1 is not true
         return value, f"wants {wanted(hint)}"
     if isinstance(value, str):
-        fits = value == field.default or re.fullmatch(meta["pattern"] or ".*", value, re.DOTALL)
+        fits = re.fullmatch(meta["pattern"] or ".*", value, re.DOTALL)
         return value, "" if fits else f"wants text like {meta['pattern']}"
     low, above, high = meta["low"], meta["above"], meta["high"]
     if low is not None and not value >= low:
@@ -227,7 +232,7 @@ def check_value(value: Any, hint: Any, field: dataclasses.Field) -> tuple[Any, s
         return value, f"wants more than {above}"
     if high is not None and not value <= high:
         return value, f"wants {high} or less"
-    return value, ""
+    return value, "" if math.isfinite(value) else "wants a finite number"
 
 
 def unknown(name: str, where: str, names: list[str]) -> str:
@@ -262,7 +267,9 @@ def fill(classes: list[type], given: dict[str, tuple[Any, str]]) -> list:
                 complaint = f"wants {wanted(hint)}"
         if not complaint:
             value, complaint = check_value(value, hint, field)
-        if complaint:
+        if "\n" in complaint or complaint.startswith((f"{name}[", "missing")):
+            errors += [f"{where}: {line}" for line in complaint.splitlines()]  # from a source
+        elif complaint:
             at = where if where.startswith("--") else f"{where}: {name}"
             errors.append(f"{at} {complaint}, got {said!r}")
         values[name] = value
@@ -286,7 +293,7 @@ def read_run_file(path: str) -> dict[str, tuple[Any, str]]:
         tree = ast.parse(text, path)
         namespace: dict[str, Any] = {"__name__": "run_file", "__file__": path}
         exec(compile(tree, path, "exec"), namespace)
-    except Exception as error:  # whatever the user's own lines raise is reported as theirs
+    except (Exception, SystemExit) as error:  # what the user's own lines raise is theirs
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None) or 1
         raise Stop(USAGE, f"{path}:{line}: {type(error).__name__}: {error}; a run file holds only "

@@ -9,6 +9,7 @@ and the standard library of the running Python, which is there without a downloa
 import ast
 import codecs
 import collections
+import dataclasses
 import hashlib
 import json
 import re
@@ -21,6 +22,7 @@ from configs import DATA, USAGE, DataConfig, Source, Stop
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 PART = 1 << 20  # bytes or characters read at once
+TOKENIZER_SAMPLE = 8_000_000  # characters a new tokenizer is trained on
 BLOCK = 1 << 20  # characters tokenized at once: bounds memory, and no document is too long
 
 
@@ -132,7 +134,7 @@ def clean(texts: Iterator[str], specials: list[str],
     """A document's text as it is trained on; every change, and what looks odd, is counted.
 
     A byte order mark goes, CRLF becomes LF, a lone surrogate U+FFFD. NUL and the names of special
-    tokens stay: they are text.
+    tokens stay: they are text. U+2581 stays too, but sentencepiece will take it for a blank.
     """
     for i, text in enumerate(texts):
         if i == 0 and text.startswith("\ufeff"):
@@ -143,8 +145,9 @@ def clean(texts: Iterator[str], specials: list[str],
         if not text.isascii() and (lone := re.findall("[\ud800-\udfff]", text)):
             notes["surrogates"] += len(lone)
             text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-        if nul := text.count("\0"):
-            notes["nul"] += nul
+        for char, name in (("\0", "nul"), ("▁", "lower_block")):
+            if char in text:
+                notes[name] += text.count(char)
         for special in specials:
             if special in text:
                 notes["special_text"] += text.count(special)
@@ -166,9 +169,11 @@ def json_lines(path: Path, data: DataConfig,
         for number, line in enumerate(file, 1):
             if not line.strip("\ufeff\r\n\t "):
                 continue
+            if line.startswith("\ufeff"):
+                line, notes["bom"] = line[1:], notes["bom"] + 1
             try:
-                row = json.loads(line.lstrip("\ufeff"))
-            except ValueError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 skip_bad(notes, limit, f"{path}:{number}: broken json ({error}): "
                          f"{line[:80].strip()} (--max_bad_documents=N skips such lines)")
                 continue
@@ -198,6 +203,10 @@ def documents(corpus: Corpus, data: DataConfig, specials: list[str]
             yield number, line, clean(iter([text]), specials, notes)
 
 
+def is_blank(char: str) -> bool:
+    return char.isspace() or char == "▁"  # which sentencepiece takes for a blank
+
+
 def blocks(texts: Iterator[str] | list[str]) -> Iterator[str]:
     """Cut a text that comes in parts into pieces of about BLOCK characters, never an empty one.
 
@@ -209,7 +218,7 @@ def blocks(texts: Iterator[str] | list[str]) -> Iterator[str]:
         rest += text
         while len(rest) > BLOCK:
             cut = BLOCK
-            while cut > BLOCK // 2 and not (rest[cut] == " " and not rest[cut - 1].isspace()):
+            while cut > BLOCK // 2 and not (rest[cut] == " " and not is_blank(rest[cut - 1])):
                 cut -= 1
             cut = cut if cut > BLOCK // 2 else BLOCK
             yield rest[:cut]
@@ -235,3 +244,30 @@ def pieces(corpus: Corpus, data: DataConfig, specials: list[str]
             corpus.notes["bytes"] += len(text.encode())
             yield number, line, text, first, following is None
             text, following, first = following, next(cut, None), False
+
+
+def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
+    """By the hash of where a document came from: nothing else in the set moves it."""
+    digest = hashlib.sha256(f"{data.seed}/{source}/{file}:{line}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < data.valid_share * 2**64
+
+
+def no_documents(corpus: Corpus) -> Stop:
+    return Stop(DATA, f"source {corpus.source.name}: 0 documents in {corpus.source.path}: "
+                f"{len(corpus.files)} files, nothing but blanks in them")
+
+
+def sample_text(corpus: Corpus, data: DataConfig) -> Iterator[str]:
+    """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
+    unheard, limit = dataclasses.replace(corpus, notes=collections.Counter()), TOKENIZER_SAMPLE
+    limit *= corpus.source.weight / sum(source.weight for source in data.sources)
+    found, size = [], 0
+    for number, line, parts in documents(unheard, data, []):
+        text = next(blocks(parts), "")  # enough of a long one
+        found.append((is_held_out(data, corpus.source.name, corpus.files[number][0], line), text))
+        size += len(text)
+        if size > limit:
+            break
+    if not any(text.strip() for _, text in found):
+        raise no_documents(corpus)
+    return (text for held, text in found if len(found) < 100 or not held)

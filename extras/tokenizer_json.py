@@ -42,15 +42,16 @@ def byte_level_bpe(tokenizer: "Tokenizer") -> tuple[dict, None, dict, dict]:
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that print as themselves
     hidden = [b for b in range(256) if b not in shown]
     spell = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-    coder, special = tokenizer.coder, tokenizer.special_tokens
-    tokens = ["".join(spell[b] for b in coder.decode_single_token_bytes(i))
-              for i in range(tokenizer.vocab_size) if i not in special.values()]
+    special = tokenizer.special_tokens
+    tokens = ["".join(spell[b] for b in token) for token in tokenizer.ranks]
     vocab = {token: i for i, token in enumerate(tokens)}
     model = dict(type="BPE", dropout=None, unk_token=None, fuse_unk=False, byte_fallback=False,
                  continuing_subword_prefix=None, end_of_word_suffix=None,
                  vocab=vocab | special, merges=merges_of(vocab, tokens))
     splitter = dict(type="Sequence", pretokenizers=[
-        dict(type="Split", pattern={"Regex": tokenizer.pattern}, behavior="Isolated", invert=False),
+        # {1,3}+ is possessive to tiktoken; to the engine of tokenizers it is a repeat of {1,3}
+        dict(type="Split", pattern={"Regex": tokenizer.pattern.replace("{1,3}+", "{1,3}")},
+             behavior="Isolated", invert=False),
         dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)])
     return model, None, splitter, dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True,
                                        use_regex=True)
