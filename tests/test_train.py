@@ -303,18 +303,28 @@ def test_the_folder_is_publishable(room):
     assert launch["command"] == ["tiny.py", "--max_steps=1"] and launch["from_step"] == 0
 
 
-def test_checkpoint_loads_in_transformers(room):
+@pytest.mark.parametrize("which", ["tiny", "demo"])
+def test_checkpoint_loads_in_transformers(which, room):
     """AutoModelForCausalLM gives our logits and greedy tokens, AutoTokenizer our ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    train.main(["tiny.py", "--max_steps=4"])
-    folder = "out/tiny/ckpt_000"
+    folder = REPO / "out/demo/ckpt_007"
+    if which == "tiny":
+        train.main(["tiny.py", "--max_steps=4"])
+        folder = Path("out/tiny/ckpt_000")
+    elif not folder.is_dir():
+        pytest.skip("no out/demo/ckpt_007: `make demo` makes it")
     ours = Transformer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    x = torch.randint(300, (2, 32))
+    T = ours.config.seq_len
+    x = torch.randint(ours.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
     assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
+    prompt, n = x[:1, :T // 4], min(64, T // 2)
+    greedy = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n,
+                             do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert ours.generate(prompt, n, temperature=0).tolist() == greedy.tolist()
     text = "red  green\n\n   blue </s> \u00e9\u4e2d"
     assert AutoTokenizer.from_pretrained(folder)(text).input_ids == (
-        prepare.load_tokenizer("data/tiny").encode(text))
+        prepare.load_tokenizer(folder).encode(text))
 
 
 # ---- bad input: rows of a table, what is done before, exit code, what the line says --------------
