@@ -112,6 +112,8 @@ def read_examples(options: EvaluateOptions, task: Task, split: str) -> list[Exam
         with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028
             for line in file:
                 one = Example(row := json.loads(line), *task.read(row))
+                if not all(isinstance(text, str) for text in [one.context, *one.choices]):
+                    raise TypeError("a choice is no text")
                 if not 0 <= one.gold < len(one.choices):
                     raise ValueError(f"answer {one.gold} is none of the choices")
                 examples.append(one)
@@ -305,8 +307,10 @@ def check(word: str, options: EvaluateOptions) -> list[Path]:
         raise Stop(CHECKPOINT, f"no checkpoint at {word}; expected a folder with a config.json, "
                    "such as out/demo/ckpt_007, or a run's folder with ckpt_000, ckpt_001, ...")
     choose_device(options.device)  # stops if it is not there
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise Stop(USAGE, f"--output={options.output}: its folder does not exist; make it first")
+    if options.output and (Path(options.output).is_dir()
+                           or not Path(options.output).absolute().parent.is_dir()):
+        raise Stop(USAGE, f"--output={options.output} is a folder, or in one that does not exist; "
+                   "give a file, such as scores.json")
     for name in names:
         task, path = TASKS.get(name), Path(name.removeprefix("text:"))
         if task and shots:

@@ -14,7 +14,10 @@ are (out, in). The equations are LLaMA's (arXiv 2302.13971), as Amber-7B used th
 
 import hashlib
 import json
+import platform
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from configs import CHECKPOINT, ENVIRONMENT, ModelConfig, Stop, read_sealed, sha256_file
+from configs import (CHECKPOINT, ENVIRONMENT, ModelConfig, Stop, fill, read_sealed,
+                     sha256_file)
 
 IGNORE = -100  # a target that is not counted
 LOSS_LOGITS = 2**22  # logits held at once for the loss: 16 MB, in and out of a CPU's cache
@@ -272,7 +276,7 @@ class Transformer(nn.Module):
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
          generator: torch.Generator | None) -> torch.Tensor:
     """Draw one token of logits (B, V) -> (B,): the best of them, or one of the top k and p."""
-    if temperature == 0:
+    if temperature < 1e-5:  # dividing by less would overflow, and says the same
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
@@ -368,6 +372,27 @@ def choose_device(want: str) -> torch.device:
     return torch.device(have[0] if want == "auto" else want)
 
 
+def hardware(device: torch.device) -> str:
+    """What computes, for a run's record: a kind of machine, never the name of one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s by the maker's data sheet, for MFU; None for a device not known."""
+    known = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+    return next((flops for name, flops in known.items() if name in hardware(device)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if sys.platform == "darwin" else rss * 1024
+
+
 # ---- what lies in a folder -----------------------------------------------------------------------
 
 HF_KEYS = {  # config.json -> ours
@@ -384,13 +409,13 @@ def read_config(folder: Path) -> ModelConfig:
         raise Stop(CHECKPOINT, f"no checkpoint at {folder}: {path} is missing; expected a folder "
                    "such as out/demo/ckpt_007 or a Hugging Face LLaMA folder")
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Stop(CHECKPOINT, f"{path} is no json: {error}") from error
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise Stop(CHECKPOINT, f"{path} is no json object: {error}") from error
     if theirs.get("model_type") != "llama":
         raise Stop(CHECKPOINT, f"{path}: model_type {theirs.get('model_type')!r}; only llama here")
     rope = theirs.get("rope_parameters") or {}
-    theirs["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0)))
+    theirs["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
     scaling = theirs.get("rope_scaling") or {}
     odd = {
         "rope scaling": scaling.get("rope_type", scaling.get("type", rope.get("rope_type")))
@@ -400,7 +425,7 @@ def read_config(folder: Path) -> ModelConfig:
         "mlp_bias": theirs.get("mlp_bias", False),
         f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act", "silu") != "silu",
         "head_dim that is not hidden_size / heads": theirs.get("head_dim") not in (
-            None, theirs.get("hidden_size", 0) // theirs.get("num_attention_heads", 1)),
+            None, (theirs.get("hidden_size") or 0) // (theirs.get("num_attention_heads") or 1)),
     }
     if any(odd.values()):
         names = ", ".join(name for name, there in odd.items() if there)
@@ -409,10 +434,13 @@ def read_config(folder: Path) -> ModelConfig:
     if missing:
         raise Stop(CHECKPOINT, f"{path}: {', '.join(missing)} is missing")
     n_kv_head = theirs.get("num_key_value_heads") or theirs["num_attention_heads"]
-    return ModelConfig(
-        n_kv_head=None if n_kv_head == theirs["num_attention_heads"] else n_kv_head,
-        init_std=theirs.get("initializer_range", 0.02),
-        **{ours: theirs[name] for name, ours in HF_KEYS.items()})
+    given = {ours: theirs[name] for name, ours in HF_KEYS.items()} | {
+        "n_kv_head": None if n_kv_head == theirs["num_attention_heads"] else n_kv_head,
+        "init_std": theirs.get("initializer_range", 0.02)}
+    try:
+        return fill([ModelConfig], {k: (v, str(path)) for k, v in given.items()})[0]
+    except Stop as stop:  # a size that is none
+        raise Stop(CHECKPOINT, str(stop)) from stop
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -424,22 +452,28 @@ def weight_files(folder: Path) -> list[Path]:
         found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "none"
         raise Stop(CHECKPOINT, f"{folder}: no model.safetensors and no index of shards; pickled "
                    f"weights are not read (found: {found})")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Stop(CHECKPOINT, f"{index} is no index of shards: {error!r}") from error
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise Stop(CHECKPOINT, f"{index} names {name}, which is not a file in {folder}")
     return [folder / name for name in names]
 
 
-def verify(folder: Path) -> None:
-    """Compare every file of a checkpoint of ours with the hashes in its state.json.
+def verify(folder: Path, below: str = ".") -> None:
+    """Compare the files of a checkpoint of ours with the hashes in its state.json.
 
+    Those in the folder itself, or in the one `below` it: readers of weights need no optimizer.
     A folder without state.json, such as a downloaded one, has nothing to compare with.
     """
     if not (folder / "state.json").exists() and not (folder / "state.json.sha256").exists():
         return
     for name, should in read_sealed(folder / "state.json", CHECKPOINT)["files"].items():
         path = folder / name
+        if path.parent != folder / below:
+            continue
         if not path.is_file() or sha256_file(path) != should:
             what = "was changed" if path.is_file() else "is missing"
             raise Stop(CHECKPOINT, f"{path} {what} since the checkpoint was written; "

@@ -14,7 +14,9 @@ the same. Reads the sources of the run file; writes data/<dataset>/, whole or no
     tokenizer.model     (or .tiktoken) what the rows were made with
     train_000.bin ...   rows of seq_len + 1 token ids, uint16 or uint32, C order, no header
     valid_<source>.bin  held-out rows
-    provenance/         rows -> source, epoch, row of its stream -> document -> file and line
+    provenance/         the way back. <chunk>.npy: (source, epoch, row of its stream) of every row;
+                        <source>_epoch_<e>.npy, <source>_held_out.npy (epoch -1): (first token of a
+                        document in the stream, number of its file, line); <source>_files.json
 """
 
 import base64
@@ -58,7 +60,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     input: str | None = key("your own text instead of the sources: a file or folder of "
-                            ".txt .md .py .jsonl", None)
+                            ".txt .md .py .jsonl", None, pattern=".+")
     verify: bool = key("check a prepared set instead of making one", False)
     stats: bool = key("show what is in a prepared set instead of making one", False)
 
@@ -409,8 +411,8 @@ def valid_name(source: str) -> str:
 def read_manifest(folder: Path) -> dict:
     """The manifest of a prepared set, its seal checked. Raises Stop(DATA) if there is none."""
     if not folder.is_dir():
-        raise Stop(DATA, f"{folder} not found; make it first: python prepare.py CONFIG"
-                   f" --dataset={folder.name}")
+        raise Stop(DATA, f"{folder} not found here; make it first: python prepare.py CONFIG "
+                   f"--dataset={folder.name}, or run in the folder that holds data/")
     manifest = read_sealed(folder / "manifest.json", DATA)
     if manifest["format"] != FORMAT:
         raise Stop(DATA, f"{folder} has format {manifest['format']}, this code reads {FORMAT}")
@@ -541,8 +543,10 @@ def make(config: Config, corpora: list[Corpus], recipe: dict, folder: Path) -> d
     files = {path.relative_to(folder).as_posix(): dict(sha256=sha256_file(path)) | (
         dict(rows=path.stat().st_size // row_bytes) if path.suffix == ".bin" else {})
         for path in sorted(folder.rglob("*")) if path.is_file()}
-    return dict(format=FORMAT, data_hash=hashlib.sha256(
-        json.dumps(recipe, sort_keys=True).encode()).hexdigest(), recipe=recipe,
+    # Another release of sentencepiece may train another tokenizer from the same recipe.
+    whole = json.dumps(recipe | {"sha256": tokenizer.spec()["sha256"]}, sort_keys=True)
+    return dict(
+        format=FORMAT, data_hash=hashlib.sha256(whole.encode()).hexdigest(), recipe=recipe,
         tokenizer=tokenizer.spec(), seq_len=config.model.seq_len, dtype=dtype, seed=data.seed,
         n_chunks=data.n_chunks, rows_per_chunk=sum(one["rows_per_chunk"] for one in sources),
         sources=sources, files=files)

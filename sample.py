@@ -31,8 +31,8 @@ class SampleOptions:
     top_p: float = key("draw from the likeliest tokens that hold this share; 0 or 1: from all",
                        1.0, low=0, high=1)
     num_samples: int = key("texts to make, one after another", 1, low=1)
-    seed: int = key("seed of the draws", 0, low=0)
-    tokenizer: str | None = key("a tokenizer file, where the folder has none", None)
+    seed: int = key("seed of the draws", 0, low=0, high=2**63 - 1)
+    tokenizer: str | None = key("tokenizer file; none: the one in the checkpoint's folder", None)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("where to compute", "auto")
 
 
@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(options.tokenizer or folder)
     ids = check(options, tokenizer, model, prompt)
     generator = torch.Generator(device).manual_seed(options.seed)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     raw = not sys.stdout.isatty()  # a file gets the text as it is, a terminal nothing that acts
     for n in range(options.num_samples):
         print("-" * 80 + "\n" if n else "", printable(prompt, raw), sep="", end="", flush=True)

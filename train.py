@@ -21,9 +21,7 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,17 +35,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from configs import (CHECKPOINT, DATA, ENVIRONMENT, INEXACT, NUMERICAL, SECTIONS, USAGE, Config,
-                     OptimConfig, Stop, load, read_sealed, run, say, sha256_file, sync,
+from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig,
+                     Stop, from_json, git_state, load, read_sealed, run, say, sha256_file, sync,
                      to_json, write_sealed)
 from extras.tokenizer_json import tokenizer_files
-from model import Transformer, choose_device, flops_per_token, init_weights, param_groups
+from model import (Transformer, choose_device, flops_per_token, hardware, init_weights,
+                   param_groups, peak_flops, peak_memory, verify)
 from prepare import (Tokenizer, chunk_name, load_tokenizer, open_rows, permutation, read_manifest,
                      valid_name)
 
 FORMAT = 1  # of a checkpoint's state.json
-# Dense bfloat16 FLOP/s by the makers' data sheets, for MFU; another device's MFU is null.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 # ---- order: which rows, when ---------------------------------------------------------------------
@@ -100,6 +97,8 @@ def batches(config: Config, plan: Plan, manifest: dict, folder: Path, first: int
     Batch b of a visit is rows [b B, (b + 1) B) of the chunk's order. The next chunk is opened, and
     so hashed, in a thread while this one trains.
     """
+    if first > plan.stop:
+        return
     B = config.optim.batch_size
 
     def open_visit(visit: int) -> np.ndarray:
@@ -159,21 +158,6 @@ def choose_place(config: Config) -> Place:
                  kind == "cuda" if want.compile is None else want.compile)
 
 
-def hardware(place: Place) -> str:
-    """What the run computes on, for run.json: a kind of machine, never a name of one."""
-    if place.device.type == "cuda":
-        return torch.cuda.get_device_name(place.device)
-    return f"{place.device.type} {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(place: Place) -> int:
-    """Most bytes in use so far: of the GPU, else of the process."""
-    if place.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(place.device)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return rss if sys.platform == "darwin" else rss * 1024
-
-
 def check(config: Config, manifest: dict, place: Place) -> None:
     """What the config says against the data and the machine. Raises Stop with every error."""
     m, d, o, errors = config.model, config.data, config.optim, []
@@ -192,6 +176,10 @@ def check(config: Config, manifest: dict, place: Place) -> None:
                           f"give --{name}={manifest[name]}")
     if errors:
         raise Stop(DATA, "\n".join(f"data/{d.dataset}: {error}" for error in errors))
+    last = make_plan(config, manifest).last
+    if o.decay_steps is None and o.warmup_steps >= last > 0:
+        raise Stop(USAGE, f"warmup_steps = {o.warmup_steps}, but the whole queue has {last} steps: "
+                   f"give --warmup_steps={last // 10}, or --decay_steps=N beyond the warm-up")
     if manifest["rows_per_chunk"] < o.batch_size:
         raise Stop(DATA, f"data/{d.dataset}: a chunk has {manifest['rows_per_chunk']} rows, fewer "
                    f"than one batch of {o.batch_size}: give a smaller --batch_size or more data")
@@ -216,6 +204,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, updates: int) -> None:
     """Put the moments back; every parameter has taken the same number of updates."""
+    verify(folder, below="optimizer")
     tensors = load_file(folder / "optimizer" / "adamw.safetensors")
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
@@ -251,14 +240,21 @@ def save(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, sta
     shutil.rmtree(f"{folder}.old", ignore_errors=True)
 
 
-def newest(out: Path) -> tuple[Path, dict] | None:
-    """The checkpoint with the most steps in a run's folder, and its state."""
+def newest(out: Path, config: Config, manifest: dict) -> tuple[Path, dict] | None:
+    """The checkpoint with the most steps in a run's folder, and its state.
+
+    Raises Stop(CHECKPOINT) if one is of another format, of another run, or not where it belongs.
+    """
     states = [(path, read_sealed(path / "state.json", CHECKPOINT))
-              for path in [*out.glob("ckpt_*[0-9]"), out / "last"] if path.is_dir()]
+              for path in [*out.glob("ckpt_*[0-9]"), out / "last.old", out / "last"]
+              if path.is_dir()]
+    mine = {"format": FORMAT, "data_hash": manifest["data_hash"], "seed": config.data.seed}
     for path, state in states:
-        if state["format"] != FORMAT:
-            raise Stop(CHECKPOINT, f"{path} has format {state['format']}, this code reads "
-                       f"{FORMAT}")
+        names = ("last", "last.old", f"ckpt_{state['visit']:03d}")
+        wrong = [k for k in mine if state.get(k) != mine[k]] + ["name"] * (path.name not in names)
+        if wrong:
+            raise Stop(CHECKPOINT, f"{path} is none of this run: its {', '.join(wrong)} differs; "
+                       f"move it out of {out} or give --run=NAME")
     return max(states, key=lambda one: one[1]["step"]) if states else None
 
 
@@ -271,22 +267,9 @@ def portable(value):
     if isinstance(value, (list, tuple)):
         return [portable(v) for v in value]
     if isinstance(value, str):
-        key, equals, word = value.rpartition("=")
+        key, equals, word = value.partition("=") if value.startswith("--") else ("", "", value)
         return key + equals + Path(word).name if Path(word).is_absolute() else value
     return value
-
-
-def git_state() -> dict:
-    """The commit of this code and whether anything was changed since; nulls without git."""
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
-                                  capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "clean": None if changed is None else not changed}
 
 
 def read_run(config: Config, manifest: dict, out: Path) -> dict:
@@ -295,9 +278,19 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
     Raises Stop(USAGE) with a table of the keys that differ and may not, Stop(DATA) if the data did.
     """
     path, mine = out / "run.json", portable(to_json(config))
+    # What the rows were made from is what their manifest says, whatever the run file says now.
+    made = manifest["recipe"]
+    mine["data"] |= {k: made[k] for k in made.keys() & mine["data"].keys() - {"seed", "sources"}}
+    mine["data"]["sources"] = [{"name": one["name"], "path": one["origin"], "licence":
+                                one["licence"], "weight": one["weight"]}
+                               for one in manifest["sources"]]
     if not path.is_file():
         return {"config": mine, "data_hash": manifest["data_hash"], "parent": None, "launches": []}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        from_json(record["config"])
+    except (ValueError, KeyError, TypeError, AttributeError, Stop) as error:
+        raise Stop(CHECKPOINT, f"{path} is broken ({error}); mend it or give --run=NAME") from error
     free = {f.name: f.metadata["free"] for c in SECTIONS.values() for f in dataclasses.fields(c)}
     was = {k: v for section in record["config"].values() for k, v in section.items()}
     now = {k: v for section in mine.values() for k, v in section.items()}
@@ -306,8 +299,6 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
         rows = "\n".join(f"  {k:<18} {a!s:<24} {b!s}" for k, (a, b) in bound.items())
         raise Stop(USAGE, f"{out} is another run: give --run=NAME for a new one\n"
                    f"  {'key':<18} {'the run has':<24} now\n{rows}")
-    for k in sorted(differ.keys() & set(INEXACT)):
-        say(f"{k} was {differ[k][0]}, is {differ[k][1]}: no longer bit-exact")
     if record["data_hash"] != manifest["data_hash"]:
         raise Stop(DATA, f"data/{config.data.dataset} is not what {out} was trained on: data hash "
                    f"{manifest['data_hash']}, the run has {record['data_hash']}; give --run=NAME")
@@ -315,12 +306,19 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
 
 
 def write_run(record: dict, out: Path, place: Place, argv: list[str], step: int) -> None:
-    """Add this launch to run.json; the first write of a run, so it shows that it can write."""
+    """Add this launch to run.json; the first write of a run, so it shows that it can write.
+
+    What changes the order of additions, and so the last bits, is told when it differs from before.
+    """
+    exact = {"world": place.world, "hardware": hardware(place.device), "compile": place.compile,
+             "dtype": str(place.dtype).removeprefix("torch."), "torch": torch.__version__,
+             "micro_batch_size": record["config"]["optim"]["micro_batch_size"]}
+    for k, was in record["launches"][-1]["exact"].items() if record["launches"] else ():
+        if was != exact[k]:
+            say(f"{k} was {was}, is {exact[k]}: no longer bit-exact")
     record["launches"].append({
-        "from_step": step, "command": portable(argv), "git": git_state(), "world": place.world,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__},
-        "hardware": hardware(place), "dtype": str(place.dtype).removeprefix("torch.")})
+        "from_step": step, "command": portable(argv), "git": git_state(), "exact": exact,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__}})
     try:
         out.mkdir(parents=True, exist_ok=True)
         part = out / "run.json.part"
@@ -334,11 +332,23 @@ def write_run(record: dict, out: Path, place: Place, argv: list[str], step: int)
 def truncate_metrics(path: Path, step: int) -> None:
     """Forget the lines after a step, and a last line that a kill cut short."""
     path.touch()
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Stop(CHECKPOINT, f"{path} holds a line that is none of ours: {error!r}; mend it or "
+                   "move it away") from error
     part = Path(f"{path}.part")
     part.write_text("".join(kept), encoding="utf-8")
     part.rename(path)
+
+
+def is_validated(out: Path, manifest: dict, step: int) -> bool:
+    """Whether the held-out lines of a step were logged; a kill may come between save and them."""
+    path = out / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return f'"kind": "valid", "step": {step},' in text or not any(
+        source["valid_rows"] for source in manifest["sources"])
 
 
 def log(path: Path, place: Place, lines: list[dict]) -> None:
@@ -406,14 +416,18 @@ def forward_backward(model: torch.nn.Module, rows: np.ndarray, micro: int, place
     return mean
 
 
-def start(config: Config, plan: Plan, place: Place, found: tuple[Path, dict] | None
+def start(config: Config, place: Place, found: tuple[Path, dict] | None
           ) -> tuple[Transformer, torch.optim.Optimizer, dict]:
     """The model, the optimizer and the state of step 0, or of a checkpoint."""
     if found:
         folder, state = found
         model = Transformer.from_pretrained(folder, place.device)
+        plain = config.model.n_kv_head == config.model.n_head  # which folders do not spell out
+        if model.config != (dataclasses.replace(config.model, n_kv_head=None) if plain
+                            else config.model):
+            raise Stop(CHECKPOINT, f"{folder} holds another model than this run's: move it away")
     else:
-        state = {"step": 0, "tokens": 0, "sha256": None}
+        state = {"step": 0, "tokens": 0, "parent": None}
         model = Transformer(config.model)
         init_weights(model, config.data.seed)
         model.to(place.device)
@@ -422,7 +436,7 @@ def start(config: Config, plan: Plan, place: Place, found: tuple[Path, dict] | N
                                   betas=(o.beta1, o.beta2), fused=True)
     if found:
         load_optimizer(optimizer, folder, state["updates"])
-        state["sha256"] = sha256_file(folder / "state.json")
+        state["parent"] = sha256_file(folder / "state.json")
     return model, optimizer, state
 
 
@@ -431,12 +445,14 @@ def explain(error: RuntimeError, config: Config, place: Place) -> Stop | None:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         with torch.device("meta"):
             n = sum(p.numel() for p in Transformer(config.model).parameters())
-        c, o = config.model, config.optim
-        micro = o.micro_batch_size or o.batch_size // place.world
-        return Stop(ENVIRONMENT, f"out of memory with micro-batches of {micro} rows of "
-                    f"{c.seq_len}: {n:,} parameters take {16 * n / 1e9:.2f} GB with gradients and "
-                    f"AdamW, the logits {8 * micro * c.seq_len * c.vocab_size / 1e9:.2f} GB; give "
-                    f"--micro_batch_size={max(1, micro // 2)}, which leaves the batch as it is")
+        n_rank = config.optim.batch_size // place.world
+        micro = min(config.optim.micro_batch_size or n_rank, n_rank)
+        less = next((m for m in range(micro // 2, 0, -1) if n_rank % m == 0), None)
+        return Stop(ENVIRONMENT, f"out of memory: {n:,} parameters take {16 * n / 1e9:.2f} GB with "
+                    f"gradients and AdamW, the rest is for micro-batches of {micro} rows of "
+                    f"{config.model.seq_len}; " + (
+                        f"give --micro_batch_size={less}, which leaves the batch as it is" if less
+                        else "this needs a smaller model or a larger device"))
     if place.compile and any(kind.__module__.startswith(("torch._inductor", "torch._dynamo"))
                              for kind in type(error).__mro__):
         first = str(error).strip().splitlines()[0]
@@ -446,26 +462,24 @@ def explain(error: RuntimeError, config: Config, place: Place) -> Stop | None:
 
 
 def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
-          found: tuple[Path, dict] | None) -> None:
-    """Train from a checkpoint, or from nothing, to the last step of the plan."""
+          model: Transformer, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Train from the step the state is at to the last one of the plan."""
     folder = Path("data") / config.data.dataset
     tokenizer = load_tokenizer(folder, manifest["tokenizer"]["sha256"])
-    model, optimizer, state = start(config, plan, place, found)
     n_rank = config.optim.batch_size // place.world  # rows of a batch on this rank
     micro = min(config.optim.micro_batch_size or n_rank, n_rank)
     n_params = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(config.model)
-    peak = next((f for name, f in PEAK_FLOPS.items() if name in hardware(place)), None)
-    sizes = torch.zeros(config.model.vocab_size, dtype=torch.float64)
-    sizes[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.piece_bytes()).double()
-    say(f"{n_params / 1e6:.2f}M parameters, {hardware(place)} x {place.world}, "
+    flops, peak = flops_per_token(config.model), peak_flops(place.device)
+    sizes = torch.from_numpy(tokenizer.piece_bytes()).double()  # every target is one of its ids
+    left_out = manifest["rows_per_chunk"] - plan.steps_per_visit * config.optim.batch_size
+    say(f"{n_params / 1e6:.2f}M parameters, {hardware(place.device)} x {place.world}, "
         f"{str(place.dtype).removeprefix('torch.')}; {plan.steps_per_visit} steps a chunk, "
-        f"{plan.last} in all")
+        f"{left_out} of its rows left out, {plan.last} steps in all")
 
     if place.compile:  # each block, in place: names stay, and compile time does not grow with depth
         for block in model.model["layers"]:
             block.compile()
-    runner: torch.nn.Module = model
+    runner = model
     if place.world > 1:
         runner = DistributedDataParallel(
             model, gradient_as_bucket_view=True,
@@ -483,10 +497,8 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
                 f"{line['bits_per_byte']:.4f} bits per byte")
 
     first = state["step"] + 1
-    if found and state["step"] % plan.steps_per_visit == 0:
-        logged = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-        if not any(line["kind"] == "valid" and line["step"] == state["step"] for line in logged):
-            report(state["step"])  # the run was killed between a save and its validation
+    if state["step"] and not is_validated(out, manifest, state["step"]):
+        report(state["step"])
     began = done = time.perf_counter()
     for step, numbers, rows in batches(config, plan, manifest, folder, first):
         read = time.perf_counter()
@@ -499,22 +511,22 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
         # .item() makes the CPU wait for the device; once a step, for both numbers
         loss_now, norm_now = torch.stack((total(loss, place) / place.world, norm)).tolist()
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
-            raise Stop(NUMERICAL, f"step {step}: loss {loss_now}, gradient norm {norm_now} in chunk"
-                       f" {plan.chunk_of(plan.visit_of(step))}; the step was not taken, the last "
-                       f"checkpoint stays; lr is {lr:g}: try a smaller --lr or more --warmup_steps")
+            raise Stop(NUMERICAL, f"step {step}: loss {loss_now}, gradient norm {norm_now}; the "
+                       f"step was not taken, the last checkpoint stays; lr is {lr:g}: try a "
+                       "smaller --lr or more --warmup_steps")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["tokens"] += numbers.size * config.model.seq_len
 
-        now = time.perf_counter()
+        now, visit = time.perf_counter(), plan.visit_of(step)
         speed = numbers.size * config.model.seq_len / (now - done)
-        visit = plan.visit_of(step)
         log(metrics, place, [{
             "kind": "train", "step": step, "visit": visit, "chunk": plan.chunk_of(visit),
             "tokens": state["tokens"], "loss": loss_now, "lr": lr, "grad_norm": norm_now,
             "rows": hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16],
             "tok_per_s": speed, "mfu": peak and speed * flops / (peak * place.world),
-            "memory": peak_memory(place), "time_data": read - done, "time_step": now - read}])
+            "memory": peak_memory(place.device), "time_data": read - done,
+            "time_step": now - read}])
         if step % config.train.log_every == 0 or step in (first, plan.stop):
             left = (plan.stop - step) * (now - began) / (step - first + 1)
             say(f"step {step:>{len(str(plan.stop))}}/{plan.stop}  chunk {plan.chunk_of(visit):03d}"
@@ -528,7 +540,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
             if place.rank == 0:
                 content = ledger(config, plan, manifest, place, optimizer, state)
                 save(path, model, optimizer, content, tokenizer)
-                state["sha256"] = sha256_file(path / "state.json")
+                state["parent"] = sha256_file(path / "state.json")
                 if whole:
                     shutil.rmtree(out / "last", ignore_errors=True)  # its successor is whole
             say(f"  saved {path}")
@@ -547,7 +559,7 @@ def ledger(config: Config, plan: Plan, manifest: dict, place: Place,
         "queue": queue, "consumed": queue[:state["step"] // plan.steps_per_visit],
         "dtypes": {"weights": "float32", "optimizer": "float32",
                    "compute": str(place.dtype).removeprefix("torch.")},
-        "parent": state["sha256"], "data_hash": manifest["data_hash"], "seed": config.data.seed,
+        "parent": state["parent"], "data_hash": manifest["data_hash"], "seed": config.data.seed,
         "param_groups": [{k: group[k] for k in ("names", "lr_mult", "weight_decay", "betas", "eps")}
                          for group in optimizer.param_groups]}
 
@@ -560,25 +572,26 @@ def main(argv: list[str]) -> None:
     place = choose_place(config)
     check(config, manifest, place)
     plan = make_plan(config, manifest)
-    found = newest(out)
+    found = newest(out, config, manifest)
     step = found[1]["step"] if found else 0
-    if step >= plan.stop:
-        say(f"{out} is finished: {found[0]} holds step {step} of {plan.stop}")
+    if step >= plan.stop and is_validated(out, manifest, step):
+        say(f"{out} is finished: {found[0]} holds step {step}, asked for were {plan.stop}")
         return
     if found:
         say(f"going on from {found[0]}, step {step} of {plan.stop}")
-    if place.rank == 0:
-        write_run(record, out, place, argv, step)
-        truncate_metrics(out / "metrics.jsonl", step)
-    if place.world > 1:
-        dist.barrier()
     try:
-        train(config, manifest, place, plan, out, found)
+        model, optimizer, state = start(config, place, found)
+        if place.rank == 0:  # only now: what is on disk changes after the checkpoint was verified
+            write_run(record, out, place, argv, step)
+            truncate_metrics(out / "metrics.jsonl", step)
+        if place.world > 1:
+            dist.barrier()
+        train(config, manifest, place, plan, out, model, optimizer, state)
     except RuntimeError as error:
         if stop := explain(error, config, place):
             raise stop from error
         raise
-    say(f"finished: {out} has {len(list(out.glob('ckpt_*[0-9]')))} checkpoints")
+    say(f"finished: {out} holds {', '.join(sorted(p.name for p in out.iterdir() if p.is_dir()))}")
     if place.world > 1:
         dist.destroy_process_group()
 

@@ -11,7 +11,7 @@ Keys are unique over all sections, which is what lets the file and `--key=value`
 is wrong is told at once. Only the file named on the command line is executed: run folders hold
 json, sealed by the sha256 beside it. How a stage ends, in one line and an exit code, is here too.
 
-Standard library only: every stage imports this file, and `--help` should not wait for torch.
+Standard library only: every stage imports this file, and a run file is checked without torch.
 """
 
 import ast
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import traceback
 import types
@@ -37,7 +38,7 @@ USAGE, DATA, CHECKPOINT, NUMERICAL, ENVIRONMENT = 2, 3, 4, 5, 6
 NANOGPT_NAMES = {  # what a reader of nanoGPT would write -> what it is called here
     "learning_rate": "lr", "block_size": "seq_len", "max_iters": "max_steps", "out_dir": "run",
     "warmup_iters": "warmup_steps", "lr_decay_iters": "decay_steps", "decay_lr": "schedule",
-    "gradient_accumulation_steps": "micro_batch_size", "log_interval": "log_every",
+    "log_interval": "log_every",
 }
 
 
@@ -105,7 +106,7 @@ class DataConfig:
     text_key: str = key("key of the text in a line of .jsonl", "text")
     encoding: str = key("encoding of the text files", "utf-8")
     max_bad_documents: int = key("unreadable files and lines skipped, and counted, before prepare "
-                                 "gives up", 0, low=0)
+                                 "gives up", 0, low=0, free=True)
     workers: int = key("processes that tokenize; 0: one per core", 0, low=0, free=True)
 
 
@@ -125,8 +126,8 @@ class OptimConfig:
                                        low=1, free=True)
     weight_decay: float = key("decoupled weight decay", 0.1, low=0)
     grad_clip: float = key("largest global gradient norm", 1.0, above=0)
-    beta1: float = key("AdamW: memory of the gradient", 0.9, low=0, high=1)
-    beta2: float = key("AdamW: memory of its square", 0.95, low=0, high=1)
+    beta1: float = key("AdamW: memory of the gradient", 0.9, low=0, high=0.999999)
+    beta2: float = key("AdamW: memory of its square", 0.95, low=0, high=0.999999)
     eps: float = key("AdamW: added to the root of the square", 1e-8, above=0)
 
 
@@ -150,8 +151,6 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
-# These free keys change the order of additions, so a run that changes them is no longer bit-exact.
-INEXACT = ("device", "dtype", "compile", "micro_batch_size")
 
 
 def to_json(config: Config) -> dict:
@@ -386,6 +385,19 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def git_state() -> dict:
+    """The commit of this code and whether anything was changed since; nulls without git."""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
+                                  capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "clean": None if changed is None else not changed}
+
+
 def sync(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -435,6 +447,7 @@ def help_text(doc: str, classes: list[type]) -> str:
         for f in dataclasses.fields(c):
             needed = f.default is dataclasses.MISSING
             default = "required" if needed else str(f.default).lower() or "''"
+            default = "(file)" if f.name in ("dataset", "run") else default  # the run file's name
             unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
             free = " (free on resume)" if f.metadata["free"] else ""
             want = wanted(typing.get_type_hints(c)[f.name])

@@ -40,6 +40,7 @@ def scan(path: Path, encoding: str) -> tuple[str, int | None]:
     """A file's sha256, and the offset of the first byte that is not text (None: all of it is)."""
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
+        "".encode(encoding)  # hex and the like are codecs, but none of text
     except LookupError as error:
         raise Stop(USAGE, f"--encoding: {error}; expected a name such as utf-8, latin-1") from error
     digest, at, bad = hashlib.sha256(), 0, None
@@ -50,8 +51,8 @@ def scan(path: Path, encoding: str) -> tuple[str, int | None]:
             try:
                 if bad is None:
                     decoder.decode(block)
-            except UnicodeDecodeError as error:
-                bad = at - pending + error.start
+            except UnicodeError as error:  # utf-16 without its mark has no start
+                bad = at - pending + getattr(error, "start", 0)
             at += len(block)
     if bad is None and decoder.getstate()[0]:
         bad = at - len(decoder.getstate()[0])
@@ -75,7 +76,9 @@ def find_files(source: Source) -> tuple[list[tuple[str, Path]], str]:
     if not root.exists():
         raise Stop(DATA, f"source {source.name}: {root} not found; expected a file or folder of "
                    f"{' '.join(SUFFIXES)}")
-    below = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    below = [root] if root.is_file() else sorted(
+        p for p in root.rglob("*") if p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(root).parts))
     files = [(p.name if root.is_file() else p.relative_to(root).as_posix(), p)
              for p in below if p.suffix.lower() in SUFFIXES]
     if not files:
@@ -270,4 +273,5 @@ def sample_text(corpus: Corpus, data: DataConfig) -> Iterator[str]:
             break
     if not any(text.strip() for _, text in found):
         raise no_documents(corpus)
-    return (text for held, text in found if len(found) < 100 or not held)
+    heard = [text for held, text in found if not held]
+    return iter(heard or [text for _, text in found])

@@ -185,6 +185,7 @@ def test_micro_batches_leave_the_loss(room):
     for x, y, z in zip(a, b, c, strict=True):
         assert x["loss"] == pytest.approx(z["loss"], rel=1e-6)
         assert y["loss"] == pytest.approx(z["loss"], rel=1e-6)
+        assert x["grad_norm"] == pytest.approx(z["grad_norm"], rel=1e-5)
         assert x["rows"] == y["rows"] == z["rows"]
 
 
@@ -269,6 +270,45 @@ def test_a_kill_between_save_and_validation(room):
     train.main(["tiny.py", "--max_steps=9"])
     assert [line for line in metrics(Path("out/tiny"), "valid") if line["step"] <= 8] == whole
     assert [line["step"] for line in metrics(Path("out/tiny"))] == list(range(1, 10))
+
+
+def test_metrics_stay_when_the_checkpoint_is_broken(room):
+    """What is on disk is changed only after the checkpoint to go on from was verified."""
+    train.main(["tiny.py", "--max_steps=6"])
+    shutil.rmtree("out/tiny/last")
+    Path("out/tiny/ckpt_000/optimizer/adamw.safetensors").unlink()
+    before = hashes(Path("out"))
+    assert run(train.main, "", [], ["tiny.py"]) == 4
+    assert hashes(Path("out")) == before
+
+
+def test_a_kill_while_last_is_replaced(room):
+    """Between its two renames only last.old is whole: the run goes on from there."""
+    train.main(["tiny.py", "--max_steps=6"])
+    Path("out/tiny/last").rename("out/tiny/last.old")
+    train.main(["tiny.py", "--max_steps=7"])
+    assert [line["step"] for line in metrics(Path("out/tiny"))] == list(range(1, 8))
+    assert json.loads(Path("out/tiny/run.json").read_text())["launches"][1]["from_step"] == 6
+
+
+def test_the_last_validation_is_made_up_for(room):
+    train.main(["tiny.py", "--max_steps=4"])
+    path = Path("out/tiny/metrics.jsonl")
+    whole = path.read_text()
+    path.write_text("".join(line for line in whole.splitlines(keepends=True)
+                            if '"valid"' not in line))
+    train.main(["tiny.py", "--max_steps=4"])
+    assert path.read_text() == whole
+
+
+def test_the_run_says_what_it_was_trained_on(room):
+    """run.json holds the sources and numbers of the data's manifest, not the run file's guess."""
+    train.main(["tiny.py", "--max_steps=1", "--rows_per_chunk=999", "--tokenizer=/some/where/x=y"])
+    data = json.loads(Path("out/tiny/run.json").read_text())["config"]["data"]
+    assert data["rows_per_chunk"] == 33 and data["tokenizer"] == "bpe"
+    assert [(one["name"], one["path"]) for one in data["sources"]] == [
+        ("a", "a.jsonl"), ("b", "b.txt")]
+    assert "some" not in Path("out/tiny/run.json").read_text()
 
 
 def test_finished_says_so(room, capsys):
@@ -381,6 +421,17 @@ def tampered_manifest() -> None:
     path.write_text(path.read_text().replace("1337", "1338"))
 
 
+def garbage_run() -> None:
+    Path("out/tiny").mkdir(parents=True)
+    Path("out/tiny/run.json").write_text("{")
+
+
+def foreign_checkpoint() -> None:
+    train.main(["tiny.py", "--run=other", "--seed=5", "--max_steps=4"])
+    Path("out/tiny").mkdir(parents=True)
+    Path("out/other/ckpt_000").rename("out/tiny/ckpt_000")
+
+
 def nothing() -> None:
     pass
 
@@ -408,6 +459,9 @@ BAD = [
     (file_named_out, [], 4, ["out/tiny", "--run=NAME"]),
     (nothing, ["--run=../../elsewhere"], 2, ["--run"]),
     (nothing, ["--lr=1e30", "--warmup_steps=0", "--dtype=float32"], 5, ["step 2", "nan", "--lr"]),
+    (nothing, ["--warmup_steps=16"], 2, ["the whole queue has 16 steps", "--warmup_steps=1"]),
+    (garbage_run, [], 4, ["run.json is broken"]),
+    (foreign_checkpoint, [], 4, ["ckpt_000 is none of this run", "seed"]),
 ]
 
 
@@ -429,7 +483,7 @@ def test_bad_input(before, argv, code, parts, prepared, tmp_path, monkeypatch, c
     assert err.count("error:") == 1 or before is other_run and "Traceback" not in err
     after = hashes(tmp_path)
     assert all(after[name] == digest for name, digest in files.items())
-    assert not list(tmp_path.rglob("ckpt_*")) or before is other_run
+    assert not list(tmp_path.rglob("ckpt_*")) or before in (other_run, foreign_checkpoint)
 
 
 def test_out_of_memory_says_what_to_change(room):
@@ -440,6 +494,8 @@ def test_out_of_memory_says_what_to_change(room):
         said = train.explain(error, config, place)
         assert said.code == 6 and "micro-batches of 8 rows of 32" in str(said)
         assert "--micro_batch_size=4" in str(said)
+    one = train.explain(error, config_of("--micro_batch_size=1"), place)
+    assert "a smaller model" in str(one)
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert train.explain(other, config, place) is None
 
@@ -495,7 +551,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
              for name, n in (("train_000.bin", 24), ("valid_made.bin", 2))}
     write_sealed(folder / "manifest.json", dict(
         format=1, data_hash="0" * 64, tokenizer=spec, seq_len=2048, dtype="uint16", seed=11111,
-        n_chunks=360, rows_per_chunk=24, sources=[dict(name="made")], files=files))
+        n_chunks=360, rows_per_chunk=24, files=files, recipe={}, sources=[dict(
+            name="made", origin="made", licence="none", weight=1.0, valid_rows=2)]))
     argv = [str(REPO / "configs/amber_7b.py"), "--n_layer=2", "--n_head=4", "--n_embd=64",
             "--n_inner=172", "--batch_size=8", "--max_steps=3", "--tokenizer_sha256="]
     two = torchrun(2, *argv, "--run=two")
