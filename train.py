@@ -226,8 +226,7 @@ def save(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, sta
     (part / "optimizer").mkdir()
     save_file(optimizer_tensors(optimizer), part / "optimizer" / "adamw.safetensors")
     files = sorted(path for path in part.rglob("*") if path.is_file())
-    state = state | {"files": {path.relative_to(part).as_posix(): sha256_file(path)
-                               for path in files}}
+    state = state | {"files": {p.relative_to(part).as_posix(): sha256_file(p) for p in files}}
     for path in files:
         sync(path)
     sync(part / "optimizer")
@@ -473,8 +472,8 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
     sizes = torch.from_numpy(tokenizer.piece_bytes()).double()  # every target is one of its ids
     left_out = manifest["rows_per_chunk"] - plan.steps_per_visit * config.optim.batch_size
     say(f"{n_params / 1e6:.2f}M parameters, {hardware(place.device)} x {place.world}, "
-        f"{str(place.dtype).removeprefix('torch.')}; {plan.steps_per_visit} steps a chunk, "
-        f"{left_out} of its rows left out, {plan.last} steps in all")
+        f"{str(place.dtype).removeprefix('torch.')}; {plan.steps_per_visit} steps a chunk "
+        f"({left_out} rows left out), {plan.last} in all")
 
     if place.compile:  # each block, in place: names stay, and compile time does not grow with depth
         for block in model.model["layers"]:
@@ -591,7 +590,8 @@ def main(argv: list[str]) -> None:
         if stop := explain(error, config, place):
             raise stop from error
         raise
-    say(f"finished: {out} holds {', '.join(sorted(p.name for p in out.iterdir() if p.is_dir()))}")
+    inside = " and last/, inside a visit" if (out / "last").is_dir() else ""
+    say(f"finished: {out} has {len(list(out.glob('ckpt_*[0-9]')))} checkpoints{inside}")
     if place.world > 1:
         dist.destroy_process_group()
 
