@@ -259,7 +259,7 @@ def newest(out: Path, config: Config, manifest: dict) -> tuple[Path, dict] | Non
 
 # ---- the run's folder ----------------------------------------------------------------------------
 
-def portable(value):
+def portable(value: object) -> object:
     """Absolute paths cut down to their names: a run's folder is publishable as it is."""
     if isinstance(value, dict):
         return {k: portable(v) for k, v in value.items()}
@@ -415,11 +415,11 @@ def forward_backward(model: torch.nn.Module, rows: np.ndarray, micro: int, place
     return mean
 
 
-def start(config: Config, place: Place, found: tuple[Path, dict] | None
+def start(config: Config, place: Place, resume: tuple[Path, dict] | None
           ) -> tuple[Transformer, torch.optim.Optimizer, dict]:
     """The model, the optimizer and the state of step 0, or of a checkpoint."""
-    if found:
-        folder, state = found
+    if resume:
+        folder, state = resume
         model = Transformer.from_pretrained(folder, place.device)
         plain = config.model.n_kv_head == config.model.n_head  # which folders do not spell out
         if model.config != (dataclasses.replace(config.model, n_kv_head=None) if plain
@@ -433,7 +433,7 @@ def start(config: Config, place: Place, found: tuple[Path, dict] | None
     o = config.optim
     optimizer = torch.optim.AdamW(param_groups(model, o.weight_decay), lr=o.lr, eps=o.eps,
                                   betas=(o.beta1, o.beta2), fused=True)
-    if found:
+    if resume:
         load_optimizer(optimizer, folder, state["updates"])
         state["parent"] = sha256_file(folder / "state.json")
     return model, optimizer, state
@@ -571,15 +571,15 @@ def main(argv: list[str]) -> None:
     place = choose_place(config)
     check(config, manifest, place)
     plan = make_plan(config, manifest)
-    found = newest(out, config, manifest)
-    step = found[1]["step"] if found else 0
+    resume = newest(out, config, manifest)
+    step = resume[1]["step"] if resume else 0
     if step >= plan.stop and is_validated(out, manifest, step):
-        say(f"{out} is finished: {found[0]} holds step {step}, asked for were {plan.stop}")
+        say(f"{out} is finished: {resume[0]} holds step {step}, asked for were {plan.stop}")
         return
-    if found:
-        say(f"going on from {found[0]}, step {step} of {plan.stop}")
+    if resume:
+        say(f"going on from {resume[0]}, step {step} of {plan.stop}")
     try:
-        model, optimizer, state = start(config, place, found)
+        model, optimizer, state = start(config, place, resume)
         if place.rank == 0:  # only now: what is on disk changes after the checkpoint was verified
             write_run(record, out, place, argv, step)
             truncate_metrics(out / "metrics.jsonl", step)

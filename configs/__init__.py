@@ -199,8 +199,11 @@ def parse(text: str, hint: Any) -> Any:
     raise ValueError(text)
 
 
-def check_value(value: Any, hint: Any, field: dataclasses.Field) -> tuple[Any, str]:
-    """The value in its final form and, if it fits type or limits not, what was wanted instead."""
+def check_value(value: Any, hint: Any, field: dataclasses.Field) -> tuple[Any, str | list[str]]:
+    """The value in its final form and, if it fits type or limits not, what was wanted instead.
+
+    For the sources, whose items have keys of their own, a line for each that is wrong.
+    """
     parts, optional = kinds(hint)
     kind, meta = parts[0], field.metadata
     if value is None and optional:
@@ -218,7 +221,7 @@ def check_value(value: Any, hint: Any, field: dataclasses.Field) -> tuple[Any, s
                 made += fill([item], {k: (v, f"{field.name}[{i}]") for k, v in one.items()})
             except Stop as stop:
                 errors += str(stop).splitlines()
-        return tuple(made), "\n".join(errors)
+        return tuple(made), errors or ""
     if type(value) is not kind:  # bool is an int to isinstance, and 1 is not true
         return value, f"wants {wanted(hint)}"
     if isinstance(value, str):
@@ -266,8 +269,8 @@ def fill(classes: list[type], given: dict[str, tuple[Any, str]]) -> list:
                 complaint = f"wants {wanted(hint)}"
         if not complaint:
             value, complaint = check_value(value, hint, field)
-        if "\n" in complaint or complaint.startswith((f"{name}[", "missing")):
-            errors += [f"{where}: {line}" for line in complaint.splitlines()]  # from a source
+        if isinstance(complaint, list):
+            errors += [f"{where}: {line}" for line in complaint]
         elif complaint:
             at = where if where.startswith("--") else f"{where}: {name}"
             errors.append(f"{at} {complaint}, got {said!r}")

@@ -60,7 +60,7 @@ def test_a_room(path):
             named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             assert not node.args.kwarg, f"{node.name} passes **{node.args.kwarg} on"
             bare = [a.arg for a in named if not a.annotation and a.arg not in ("self", "cls")]
-            assert not bare or node.name == "portable", f"{node.name}: {bare} without a type"
+            assert not bare, f"{node.name}: {bare} without a type"
 
 
 def test_the_book_is_short():
