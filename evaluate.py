@@ -32,7 +32,8 @@ import torch
 from tqdm import tqdm
 
 from configs import CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sync
-from model import Transformer, checkpoint_hash, choose_device, read_config
+from extras.hf_folders import checkpoint_hash, read_config
+from model import Transformer, choose_device
 from prepare import Tokenizer, load_tokenizer, open_rows, read_manifest, valid_name
 
 SEED = 1234  # of the harness' draws of solved examples
@@ -164,7 +165,7 @@ class Checkpoint:
 @torch.inference_mode()
 def score(ckpt: Checkpoint, requests: list[Request], label: str) -> list[float]:
     """The log-likelihood of each request's last K ids, summed, in nats. Raises Stop(NUMERICAL)."""
-    device, B = ckpt.model.lm_head.weight.device, ckpt.options.batch_size
+    device, B = ckpt.model.cos.device, ckpt.options.batch_size
     cast = torch.autocast(device.type, torch.bfloat16, enabled=ckpt.options.dtype == "bfloat16")
     # Neighbours of one length need little padding; the longest first, so that want of memory shows.
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))

@@ -1,110 +1,228 @@
 """The model: one Transformer, its initial weights, its parameter groups, and how it makes text.
 
     from model import Transformer
-    model = Transformer.from_pretrained("out/demo/ckpt_007")     # or any Hugging Face LLaMA folder
+    model = Transformer.from_pretrained("out/demo/ckpt_007")     # or a folder from Hugging Face
     logits = model(idx)                                          # (B, T) -> (B, T, V)
     loss = model(idx, targets)                                   # the mean over all targets
 
-Reads and writes Hugging Face folders: config.json, model.safetensors (or shards and their index).
-Parameter names are Hugging Face's, so what is saved here loads in transformers without conversion.
+One class is Amber-7B (LLaMA, arXiv 2302.13971) and CrystalCoder-7B (LayerNorm, biases, a quarter of
+each head rotated, a tied head, muP); configs/__init__.py lists the switches that part them. Reads
+and writes Hugging Face folders of both. Parameter names are Hugging Face's LLaMA names.
 
-Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C/H, F = n_inner, V = vocab_size. All weights
-are (out, in). The equations are LLaMA's (arXiv 2302.13971), as Amber-7B used them.
+Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C/H, F = n_inner, V = vocab_size, r =
+rotary_dim, m = C / mup_base_width. All weights are (out, in).
 """
 
 import hashlib
-import json
+import math
 import platform
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from configs import (CHECKPOINT, ENVIRONMENT, ModelConfig, Stop, fill, read_sealed,
-                     sha256_file)
+from configs import ENVIRONMENT, ModelConfig, Stop, verify
+from extras.hf_folders import read_config, read_weights, write_folder
 
 IGNORE = -100  # a target that is not counted
 LOSS_LOGITS = 2**22  # logits held at once for the loss: 16 MB, in and out of a CPU's cache
+DRAWN = 2**18  # weights drawn at once: 1 MB, in and out of a core's cache
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys, values (B, H_kv, seq_len, D)
+
+
+# ---- the parametrisation: muP in one table -------------------------------------------------------
+
+@dataclass(frozen=True)
+class TensorClass:
+    """What one kind of tensor gets from the parametrisation."""
+    std: float | None  # of the initial weights; None: ones
+    lr_mult: float  # times the learning rate
+    decays: bool  # takes part in weight decay
+    forward: float = 1.0  # times its output
+
+
+def tensor_classes(config: ModelConfig) -> dict[str, TensorClass]:
+    """Class of tensor -> what it gets. The forward pass, init and optimizer groups all read it.
+
+    muP (arXiv 2203.03466, table 8) keeps the size of every activation, and of its change in a step
+    of Adam, the same at every width. Adam moves each entry by about lr, and all C entries of a row
+    move together with their input: so a matrix inside wants lr / m. What is read one entry at a
+    time, embedding, biases and norms, wants lr. The tied head sums C products: alpha / m.
+
+    Without muP this is Amber's recipe, the same table with m = 1: one std, and decay on everything.
+    With it, CrystalCoder's (params.yaml): what leads into the residual stream starts smaller by
+    sqrt(2 L), the number of terms in it (GPT-2's rule), and norms and biases do not decay.
+    """
+    mup, std = config.mup_base_width is not None, config.init_std
+    m = config.n_embd / config.mup_base_width if mup else 1.0
+    inside = std / math.sqrt(m)
+    return {
+        # std, learning rate, decay, forward
+        "embedding": TensorClass(std, 1.0, True, config.mup_emb_mult),
+        "in": TensorClass(inside, 1 / m, True),  # q, k, v, gate, up
+        "out": TensorClass(inside / math.sqrt(2 * config.n_layer) if mup else inside, 1 / m, True),
+        "head": TensorClass(std, 1.0, True, config.mup_alpha / m),  # tied: only its `forward`
+        "norm": TensorClass(None, 1.0, not mup),
+        "bias": TensorClass(0.0, 1.0, not mup),
+    }
+
+
+def class_of(name: str) -> str:
+    """The tensor class of a parameter, by its name and the module that holds it."""
+    module, kind = name.split(".")[-2:]
+    if kind == "bias":
+        return "bias"
+    if module in ("embed_tokens", "lm_head"):
+        return "embedding" if module == "embed_tokens" else "head"
+    if re.fullmatch("(q|k|v|gate|up)_proj", module):
+        return "in"
+    if module in ("o_proj", "down_proj"):
+        return "out"
+    assert module.endswith("norm"), f"no class claims the parameter {name}"
+    return "norm"
+
+
+def draw(p: torch.Tensor, std: float, cut: bool, generator: torch.Generator) -> None:
+    """Fill p from a normal distribution; `cut`: drawn again until within 2 std (real std 0.88).
+
+    In fp32 on the CPU, whatever p is: other devices have other generators. Drawing again costs a
+    twentieth of the draws; the inverse of the distribution function would cost several times all.
+    """
+    for part in p.view(-1).split(DRAWN):
+        x = torch.empty(part.shape).normal_(generator=generator)
+        far = (x.abs() > 2).nonzero()[:, 0] if cut else []
+        while len(far):
+            x[far] = torch.empty(len(far)).normal_(generator=generator)
+            far = far[x[far].abs() > 2]
+        part.copy_(x.mul_(std))
+
+
+@torch.no_grad()
+def init_weights(model: "Transformer", seed: int) -> None:
+    """Fill every parameter from (seed, its name) alone: the same on any device and layout."""
+    classes = tensor_classes(model.config)
+    for name, p in model.named_parameters():
+        std = classes[class_of(name)].std
+        if not std:
+            p.fill_(1.0 if std is None else 0.0)
+            continue
+        # torch's generator looks at the low 32 bits of a seed alone: seed and name go into them
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        draw(p, std, model.config.mup_base_width is not None, generator)
+
+
+def param_groups(model: "Transformer", weight_decay: float) -> list[dict]:
+    """AdamW's groups: {params, names, lr_mult, weight_decay}, every parameter in exactly one."""
+    groups: dict[tuple, dict] = {}
+    classes = tensor_classes(model.config)
+    for name, p in model.named_parameters():
+        one = classes[class_of(name)]
+        group = groups.setdefault((one.lr_mult, one.decays), dict(
+            params=[], names=[], lr_mult=one.lr_mult,
+            weight_decay=weight_decay if one.decays else 0.0))
+        group["params"].append(p)
+        group["names"].append(name)
+    named = [name for group in groups.values() for name in group["names"]]
+    assert sorted(named) == sorted(n for n, _ in model.named_parameters()), named
+    return list(groups.values())
 
 
 # ---- forward -------------------------------------------------------------------------------------
 
 def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles, each (seq_len, D), float32.
+    """cos and signed sin of every position's angles, each (seq_len, r), float32.
 
     In bfloat16 the angles themselves would be wrong: 2047 is not a bfloat16 number.
     """
-    D = config.n_embd // config.n_head
-    freq = config.rope_theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    r = config.rotary_dim or config.n_embd // config.n_head
+    freq = config.rope_theta ** -(torch.arange(0, r, 2, device=device, dtype=torch.float32) / r)
     angle = torch.outer(torch.arange(config.seq_len, device=device, dtype=torch.float32), freq)
-    angle = torch.cat((angle, angle), dim=-1)  # both halves of a head turn by the same angles
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()  # (seq_len, r/2); both of a pair turn by one angle
+    if config.rope_interleaved:
+        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(1)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, H, T, D) by its positions' angles (T, D): dimension i pairs with i + D/2."""
-    a, b = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+           ) -> torch.Tensor:
+    """Turn the first r dimensions of x (B, H, T, D) by their positions' angles (T, r).
+
+    Pairs are (0, 1), (2, 3), ... if interleaved (CrystalCoder), else i and i + r/2 (LLaMA).
+    """
+    r = cos.size(-1)
+    u = x[..., :r].float()
+    a, b = (u[..., ::2], u[..., 1::2]) if interleaved else u.chunk(2, dim=-1)
+    partner = torch.stack((b, a), -1).flatten(-2) if interleaved else torch.cat((b, a), -1)
+    u = (u * cos + partner * sin).to(x.dtype)
+    return u if r == x.size(-1) else torch.cat((u, x[..., r:]), -1)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, C: int, eps: float):
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm with weight and bias."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(C))
-        self.eps = eps
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        layer = config.norm == "layer"
+        self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if layer else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Statistics in fp32 whatever comes in; the weight is multiplied in fp32 too and the cast
         # comes last, as in amber-train.
-        y = F.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps)
+        C = (x.size(-1),)
+        if self.bias is None:
+            return F.rms_norm(x.float(), C, self.weight.float(), self.eps).to(x.dtype)
+        y = F.layer_norm(x.float(), C, self.weight.float(), self.bias.float(), self.eps)
         return y.to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, self.D = config.n_embd, config.n_embd // config.n_head
-        C_kv = self.D * (config.n_kv_head or config.n_head)
-        self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, C_kv, bias=False)
-        self.v_proj = nn.Linear(C, C_kv, bias=False)
-        self.o_proj = nn.Linear(C, C, bias=False)
+        C, D = config.n_embd, config.n_embd // config.n_head
+        C_kv, bias = D * (config.n_kv_head or config.n_head), config.bias
+        self.D, self.interleaved = D, config.rope_interleaved
+        # muP: queries and keys come to agree in training, and then q.k grows like D, not its root
+        self.scale = 1 / D if config.mup_base_width else 1 / math.sqrt(D)
+        self.q_proj = nn.Linear(C, C, bias)
+        self.k_proj = nn.Linear(C, C_kv, bias)
+        self.v_proj = nn.Linear(C, C_kv, bias)
+        self.o_proj = nn.Linear(C, C, bias)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                cache: tuple[torch.Tensor, torch.Tensor] | None, start: int) -> torch.Tensor:
+                cache: tuple[torch.Tensor, torch.Tensor] | None, start: int,
+                mask: torch.Tensor | None) -> torch.Tensor:
         B, T, _ = x.shape
         # (B, T, H*D) -> (B, H, T, D); -1 for H, so that a head-sharded projection fits as well
-        q = rotate(self.q_proj(x).view(B, T, -1, self.D).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.D).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(B, T, -1, self.D).transpose(1, 2)
+        q, k, v = (proj(x).view(B, T, -1, self.D).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
         if cache is not None:
             keys, values = cache
             keys[:, :, start:start + T], values[:, :, start:start + T] = k, v
             k, v = keys[:, :, :start + T], values[:, :, :start + T]
-        # is_causal aligns its mask to the top left, so it is right only without a past. One new
-        # token sees all of its past and needs no mask; nothing here asks for a third case.
-        assert start == 0 or T == 1, (start, T)
-        y = F.scaled_dot_product_attention(  # (B, H, T, D), scaled by 1/sqrt(D)
-            q, k, v, is_causal=T > 1, enable_gqa=k.size(1) != q.size(1))
+        y = F.scaled_dot_product_attention(  # (B, H, T, D)
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
+            enable_gqa=k.size(1) != q.size(1))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
-        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
@@ -113,20 +231,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.input_layernorm = Norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.post_attention_layernorm = Norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                cache: tuple[torch.Tensor, torch.Tensor] | None = None,
-                start: int = 0) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, start)
+                cache: tuple[torch.Tensor, torch.Tensor] | None = None, start: int = 0,
+                mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, start, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """A LLaMA. Its module tree spells Hugging Face's names: model.layers.0.mlp.up_proj.weight."""
+    """A LLaMA or a CrystalCoder. Its module tree spells names: model.layers.0.mlp.up_proj.weight.
+
+    A tied head is no parameter of its own, so there is no tie to break on the way to a device.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -134,15 +255,51 @@ class Transformer(nn.Module):
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
             layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            norm=RMSNorm(config.n_embd, config.norm_eps)))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            norm=Norm(config)))
+        if not config.tie:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        classes = tensor_classes(config)
+        self.emb_mult, self.head_mult = classes["embedding"].forward, classes["head"].forward
         self.set_tables()
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, C): the head's own matrix, or the embedding."""
+        return self.model["embed_tokens"].weight if self.config.tie else self.lm_head.weight
 
     def set_tables(self) -> None:
         """(Re)compute the rotary tables where the weights are. They are no part of a checkpoint."""
-        cos, sin = rope_tables(self.config, self.lm_head.weight.device)
+        cos, sin = rope_tables(self.config, self.head_weight.device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def mask(self, T: int, start: int, pads: torch.Tensor | None) -> torch.Tensor | None:
+        """What T new tokens see of `start` old ones and themselves, True for yes; None: no mask.
+
+        SDPA's is_causal aligns to the top left, so it is right only without a past; one new token
+        sees all of its past. With pads (B,), the first ids of a row that are not there: (B, 1, T,
+        start + T). They see themselves, since a softmax over nothing is no number.
+        """
+        if pads is None and (start == 0 or T == 1):
+            return None
+        key = torch.arange(start + T, device=self.cos.device)
+        query = key[start:, None]
+        see = key <= query  # (T, start + T)
+        if pads is not None:
+            see = see & ((key >= pads[:, None, None, None]) | (key == query))
+        return see
+
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None, start: int = 0,
+               pads: torch.Tensor | None = None) -> torch.Tensor:
+        """idx (B, T) -> what the head multiplies (B, T, C), its factor alpha / m included."""
+        x = self.model["embed_tokens"](idx) * self.emb_mult
+        end = start + idx.size(1)
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        mask = self.mask(end - start, start, pads)
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, cos, sin, cache[i] if cache is not None else None, start, mask)
+        # the factor here and not on the logits: C numbers a token instead of V
+        return self.model["norm"](x) * self.head_mult
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 cache: Cache | None = None, start: int = 0) -> torch.Tensor:
@@ -150,14 +307,9 @@ class Transformer(nn.Module):
 
         A target of IGNORE is not counted. With a cache, idx continues the `start` tokens in it.
         """
-        x = self.model["embed_tokens"](idx)  # (B, T, C)
-        end = start + idx.size(1)
-        cos, sin = self.cos[start:end], self.sin[start:end]
-        for i, block in enumerate(self.model["layers"]):
-            x = block(x, cos, sin, cache[i] if cache is not None else None, start)
-        x = self.model["norm"](x)
+        x = self.hidden(idx, cache, start)
         if targets is None:
-            return self.lm_head(x)  # (B, T, V)
+            return F.linear(x, self.head_weight)  # (B, T, V)
         # All logits at once would be the largest tensor of the step, three times over (fp32 and
         # gradients too). So the head runs on few tokens at a time and again in the backward pass.
         x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
@@ -168,109 +320,114 @@ class Transformer(nn.Module):
 
     def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The summed loss of some tokens, x (n, C) -> (). fp32: in bfloat16 it has three digits."""
-        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=IGNORE,
-                               reduction="sum")
+        return F.cross_entropy(F.linear(x, self.head_weight).float(), targets,
+                               ignore_index=IGNORE, reduction="sum")
 
     # ---- text ------------------------------------------------------------------------------------
 
     def new_cache(self, B: int, dtype: torch.dtype) -> Cache:
         """An empty cache for B sequences: 2 L C_kv numbers a token, allocated once."""
-        c, device = self.config, self.lm_head.weight.device
+        c = self.config
         shape = (B, c.n_kv_head or c.n_head, c.seq_len, c.n_embd // c.n_head)
-        return [(torch.zeros(shape, dtype=dtype, device=device),
-                 torch.zeros(shape, dtype=dtype, device=device)) for _ in range(c.n_layer)]
+        return [(torch.zeros(shape, dtype=dtype, device=self.cos.device),
+                 torch.zeros(shape, dtype=dtype, device=self.cos.device))
+                for _ in range(c.n_layer)]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-               top_k: int = 0, top_p: float = 1.0, eos: int | None = None,
+               top_k: int = 0, top_p: float = 1.0, stop: Sequence[int] = (),
+               lengths: torch.Tensor | None = None,
                generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
         """Continue idx (B, T) and yield each step's tokens (B,) as they are made.
 
-        temperature 0 is greedy; top_k 0 and top_p 1 are off. With `eos`, a sequence that has ended
-        repeats it, and the stream ends when all have. A full context goes on from its last half.
+        temperature 0 is greedy; top_k 0 and top_p 1 are off. A sequence that has made one of the
+        `stop` ids repeats it, and the stream ends when all have. Prompts of different lengths stand
+        at the right end of idx, see align(). A full context goes on from its last half.
         """
         device, T_max = idx.device, self.config.seq_len
         cast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if cast else self.lm_head.weight.dtype
-        cache, start = self.new_cache(idx.size(0), dtype), 0
-        seen = idx = idx[:, -T_max:]
+        dtype = torch.get_autocast_dtype(device.type) if cast else self.head_weight.dtype
+        cache, start, made = self.new_cache(idx.size(0), dtype), 0, [idx]
+        all_pads = None if lengths is None else idx.size(1) - lengths.to(device)  # (B,)
+        idx, pads = window(made, T_max, all_pads)
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=device)
+        ends = torch.tensor(stop, dtype=torch.int64, device=device)
         for _ in range(max_new_tokens):
             if start + idx.size(1) > T_max:
-                idx, start = seen[:, -max(1, T_max // 2):], 0
-            logits = self(idx, cache=cache, start=start)[:, -1].float()  # (B, V)
+                (idx, pads), start = window(made, max(1, T_max // 2), all_pads), 0
+            x = self.hidden(idx, cache, start, pads)[:, -1]  # the head is for the last token only
             start += idx.size(1)
-            new = pick(logits, temperature, top_k, top_p, generator)  # (B,)
-            if eos is not None:
-                new = torch.where(done, eos, new)
-                done = new == eos
+            new = pick(F.linear(x, self.head_weight), temperature, top_k, top_p, generator)  # (B,)
+            if stop:
+                new = torch.where(done, made[-1][:, -1], new)
+                done = done | torch.isin(new, ends)
             yield new
-            if eos is not None and done.all():
+            if stop and done.all():
                 return
             idx = new[:, None]
-            seen = torch.cat((seen, idx), dim=1)[:, -T_max:]
+            made.append(idx)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int = 0, top_p: float = 1.0, eos: int | None = None,
+                 top_k: int = 0, top_p: float = 1.0, stop: Sequence[int] = (),
+                 lengths: torch.Tensor | None = None,
                  generator: torch.Generator | None = None) -> torch.Tensor:
         """stream, collected: idx (B, T) -> (B, T + new tokens)."""
-        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, eos, generator)
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, lengths, generator)
         return torch.cat([idx, *(tokens[:, None] for tokens in new)], dim=1)
 
-    # ---- Hugging Face folders --------------------------------------------------------------------
+    # ---- folders ---------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path,
-                        device: torch.device | str = "cpu") -> "Transformer":
-        """Read a Hugging Face LLaMA folder; weights of any type become float32.
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu",
+                        dtype: torch.dtype = torch.float32) -> "Transformer":
+        """Read a folder of ours or of Hugging Face's, LLaMA or CrystalCoder; weights become dtype.
 
-        A checkpoint of ours is verified against the hashes in its state.json first. Raises Stop for
-        a folder that is incomplete, changed, or of an architecture this file does not have.
+        A checkpoint of ours is verified against the hashes in its state.json first. In memory are
+        at most the model and one file of weights. Raises Stop(CHECKPOINT) for a folder that is
+        incomplete, changed, or of an architecture this file does not have.
         """
         folder = Path(folder)
         verify(folder)
         with torch.device("meta"):  # shapes only: the weights come from the files
             model = cls(read_config(folder))
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        weights = {}
-        for file in weight_files(folder):
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    for name in tensors.keys():
-                        if not name.endswith("rotary_emb.inv_freq"):  # a table old files carry
-                            weights[name] = tensors.get_tensor(name).float()
-            except SafetensorError as error:
-                raise Stop(CHECKPOINT, f"{file} is no whole safetensors file: {error}") from error
-        for name in sorted(shapes.keys() | weights.keys()):
-            has, needs = weights.get(name), shapes.get(name)
-            if has is None or needs is None or has.shape != needs:
-                raise Stop(CHECKPOINT, f"{folder}: tensor {name} is "
-                           f"{'missing' if has is None else tuple(has.shape)} in the files and "
-                           f"{'unknown' if needs is None else tuple(needs)} in config.json")
+        weights = read_weights(folder, model.config, shapes, torch.device(device), dtype)
         model.load_state_dict(weights, assign=True)
         model.set_tables()
         return model
 
-    def save_pretrained(self, folder: str | Path, bos: int | None = None,
-                        eos: int | None = None) -> None:
-        """Write config.json and model.safetensors (the weights as they are: float32 in training).
+    def save_pretrained(self, folder: str | Path, bos: int | None = None, eos: int | None = None,
+                        dtype: torch.dtype = torch.float32, max_shard_gb: float = 5.0) -> None:
+        """Write config.json and the weights as dtype, files of max_shard_gb (10^9 bytes).
 
-        bos and eos are token ids; without them Hugging Face would assume LLaMA's 1 and 2.
+        All-LLaMA switches give a LlamaForCausalLM, all-CrystalCoder ones the published names and
+        layouts, any mixture a folder that only we read. bos and eos are token ids; without them
+        Hugging Face would assume LLaMA's 1 and 2. Raises Stop(CHECKPOINT) where weights lie
+        already. A folder that must be whole or absent is renamed by the caller.
         """
-        c, folder = self.config, Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        content = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-            "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None,
-            "torch_dtype": dtype, "tie_word_embeddings": False, "use_cache": True,
-            "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
-            "num_key_value_heads": c.n_kv_head or c.n_head,
-            "initializer_range": c.init_std,
-        } | {theirs: getattr(c, ours) for theirs, ours in HF_KEYS.items()}
-        (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        tokens = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
+        write_folder(Path(folder), self.config, dict(self.named_parameters()), tokens, dtype,
+                     max_shard_gb)
+
+
+def align(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts of any lengths -> idx (B, T) with each at the right end, and lengths (B,) for stream.
+
+    Equal lengths give None, and so no mask.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    T = max(lengths)
+    idx = torch.tensor([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    return idx, None if min(lengths) == T else torch.tensor(lengths)
+
+
+def window(made: list[torch.Tensor], n: int, pads: torch.Tensor | None
+           ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The last n of all ids, pieces of (B, any), and how many of a row's are still padding."""
+    idx = torch.cat(made, dim=1)
+    cut = max(0, idx.size(1) - n)
+    pads = None if pads is None else (pads - cut).clamp(min=0)
+    return idx[:, cut:], pads if pads is not None and pads.any() else None
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
@@ -278,77 +435,17 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     """Draw one token of logits (B, V) -> (B,): the best of them, or one of the top k and p."""
     if temperature < 1e-5:  # dividing by less would overflow, and says the same
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+    V, ids = logits.size(-1), None
+    if 0 < top_k < V or top_p < 1:  # the best first; a softmax of k numbers is cheaper than of V
+        logits, ids = logits.topk(min(top_k or V, V))
+    p = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:  # the smallest set of best tokens that holds top_p of the probability
-        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        drop = ranked.cumsum(dim=-1) - ranked >= top_p  # never the best one
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # never the best one
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
 
 
-# ---- initial weights, parameter groups, cost -----------------------------------------------------
-
-def tensor_classes(config: ModelConfig) -> dict[str, tuple[float | None, float, bool]]:
-    """Class of tensor -> (initial std, None for ones; learning-rate multiplier; weight decay).
-
-    Init and optimizer groups are both read off this table. All of it is Amber's: one std with no
-    depth scaling, one rate, and decay on everything, norms and embedding included.
-    """
-    std = config.init_std
-    return {
-        "embedding": (std, 1.0, True),
-        "matrix": (std, 1.0, True),
-        "head": (std, 1.0, True),
-        "norm": (None, 1.0, True),
-    }
-
-
-def class_of(name: str) -> str:
-    """The tensor class of a parameter, by the module that holds it."""
-    module = name.split(".")[-2]
-    if module == "embed_tokens":
-        return "embedding"
-    if module == "lm_head":
-        return "head"
-    if re.fullmatch("(q|k|v|o|gate|up|down)_proj", module):
-        return "matrix"
-    assert module.endswith("norm"), f"no class claims the parameter {name}"
-    return "norm"
-
-
-@torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
-    """Fill every parameter from (seed, its name) alone: the same on any device and layout."""
-    classes = tensor_classes(model.config)
-    for name, p in model.named_parameters():
-        std, _, _ = classes[class_of(name)]
-        if std is None:
-            p.fill_(1.0)
-            continue
-        # Drawn in fp32 on the CPU: other devices have other generators. Its generator looks at the
-        # low 32 bits of a seed alone, so seed and name are hashed into them.
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
-
-
-def param_groups(model: Transformer, weight_decay: float) -> list[dict]:
-    """AdamW's groups: {params, names, lr_mult, weight_decay}, every parameter in exactly one."""
-    groups: dict[tuple, dict] = {}
-    classes = tensor_classes(model.config)
-    for name, p in model.named_parameters():
-        _, lr_mult, decays = classes[class_of(name)]
-        group = groups.setdefault((lr_mult, decays), dict(
-            params=[], names=[], lr_mult=lr_mult, weight_decay=weight_decay if decays else 0.0))
-        group["params"].append(p)
-        group["names"].append(name)
-    named = [name for group in groups.values() for name in group["names"]]
-    assert sorted(named) == sorted(n for n, _ in model.named_parameters()), named
-    return list(groups.values())
-
+# ---- cost and device -----------------------------------------------------------------------------
 
 def flops_per_token(config: ModelConfig) -> float:
     """Forward and backward FLOPs of one trained token: 6 N_mm + 12 L C T.
@@ -391,97 +488,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if sys.platform == "darwin" else rss * 1024
-
-
-# ---- what lies in a folder -----------------------------------------------------------------------
-
-HF_KEYS = {  # config.json -> ours
-    "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd",
-    "intermediate_size": "n_inner", "vocab_size": "vocab_size",
-    "max_position_embeddings": "seq_len", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
-}
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """config.json of a LLaMA folder, in the old spelling of rope_theta and the new one."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise Stop(CHECKPOINT, f"no checkpoint at {folder}: {path} is missing; expected a folder "
-                   "such as out/demo/ckpt_007 or a Hugging Face LLaMA folder")
-    try:
-        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise Stop(CHECKPOINT, f"{path} is no json object: {error}") from error
-    if theirs.get("model_type") != "llama":
-        raise Stop(CHECKPOINT, f"{path}: model_type {theirs.get('model_type')!r}; only llama here")
-    rope = theirs.get("rope_parameters") or {}
-    theirs["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
-    scaling = theirs.get("rope_scaling") or {}
-    odd = {
-        "rope scaling": scaling.get("rope_type", scaling.get("type", rope.get("rope_type")))
-        not in (None, "default"),
-        "a tied head": theirs.get("tie_word_embeddings", False),
-        "attention_bias": theirs.get("attention_bias", False),
-        "mlp_bias": theirs.get("mlp_bias", False),
-        f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act", "silu") != "silu",
-        "head_dim that is not hidden_size / heads": theirs.get("head_dim") not in (
-            None, (theirs.get("hidden_size") or 0) // (theirs.get("num_attention_heads") or 1)),
-    }
-    if any(odd.values()):
-        names = ", ".join(name for name, there in odd.items() if there)
-        raise Stop(CHECKPOINT, f"{path}: {names} is not supported; expected plain LLaMA")
-    missing = [name for name in HF_KEYS if name not in theirs]
-    if missing:
-        raise Stop(CHECKPOINT, f"{path}: {', '.join(missing)} is missing")
-    n_kv_head = theirs.get("num_key_value_heads") or theirs["num_attention_heads"]
-    given = {ours: theirs[name] for name, ours in HF_KEYS.items()} | {
-        "n_kv_head": None if n_kv_head == theirs["num_attention_heads"] else n_kv_head,
-        "init_std": theirs.get("initializer_range", 0.02)}
-    try:
-        return fill([ModelConfig], {k: (v, str(path)) for k, v in given.items()})[0]
-    except Stop as stop:  # a size that is none
-        raise Stop(CHECKPOINT, str(stop)) from stop
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "none"
-        raise Stop(CHECKPOINT, f"{folder}: no model.safetensors and no index of shards; pickled "
-                   f"weights are not read (found: {found})")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Stop(CHECKPOINT, f"{index} is no index of shards: {error!r}") from error
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise Stop(CHECKPOINT, f"{index} names {name}, which is not a file in {folder}")
-    return [folder / name for name in names]
-
-
-def verify(folder: Path, below: str = ".") -> None:
-    """Compare the files of a checkpoint of ours with the hashes in its state.json.
-
-    Those in the folder itself, or in the one `below` it: readers of weights need no optimizer.
-    A folder without state.json, such as a downloaded one, has nothing to compare with.
-    """
-    if not (folder / "state.json").exists() and not (folder / "state.json.sha256").exists():
-        return
-    for name, should in read_sealed(folder / "state.json", CHECKPOINT)["files"].items():
-        path = folder / name
-        if path.parent != folder / below:
-            continue
-        if not path.is_file() or sha256_file(path) != should:
-            what = "was changed" if path.is_file() else "is missing"
-            raise Stop(CHECKPOINT, f"{path} {what} since the checkpoint was written; "
-                       "choose another checkpoint or copy this one again")
-
-
-def checkpoint_hash(folder: str | Path) -> str:
-    """What a score belongs to: one sha256 over config.json and the weights of a folder."""
-    files = [Path(folder) / "config.json", *weight_files(Path(folder))]
-    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()

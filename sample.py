@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
         print("-" * 80 + "\n" if n else "", printable(prompt, raw), sep="", end="", flush=True)
         stream = model.stream(torch.tensor([ids], device=device), options.max_new_tokens,
                               options.temperature, options.top_k, options.top_p or 1.0,
-                              tokenizer.eos, generator)
+                              (tokenizer.eos,), generator=generator)
         for text in pieces_of_text(tokenizer, ids, map(int, stream)):
             print(printable(text, raw), end="", flush=True)
         print()

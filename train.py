@@ -37,10 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig,
                      Stop, from_json, git_state, load, read_sealed, run, say, sha256_file, sync,
-                     to_json, write_sealed)
+                     to_json, verify, write_sealed)
 from extras.tokenizer_json import tokenizer_files
 from model import (Transformer, choose_device, flops_per_token, hardware, init_weights,
-                   param_groups, peak_flops, peak_memory, verify)
+                   param_groups, peak_flops, peak_memory)
 from prepare import (Tokenizer, chunk_name, load_tokenizer, open_rows, permutation, read_manifest,
                      valid_name)
 

@@ -85,9 +85,20 @@ class ModelConfig:
     n_inner: int = key("width of the MLP", low=1)
     vocab_size: int = key("rows of the embedding", low=2)
     seq_len: int = key("context length T", unit="tokens", low=1)
-    norm_eps: float = key("added to the mean square in RMSNorm", 1e-6, above=0)
+    norm: Literal["rms", "layer"] = key("RMSNorm, or LayerNorm with weight and bias", "rms")
+    norm_eps: float = key("added to the mean square or variance in a norm", 1e-6, above=0)
+    bias: bool = key("biases in the linear layers of the blocks", False)
+    rotary_dim: int | None = key("leading dimensions of a head that rotate; none: all", None, low=2)
+    rope_interleaved: bool = key("pairs are (0, 1), (2, 3), ...; false: i and i + half", False)
     rope_theta: float = key("base of the rotary frequencies", 10000.0, above=0)
-    init_std: float = key("standard deviation of the initial weights", 0.02, low=0)
+    tie: bool = key("the head is the embedding, one matrix", False)
+    init_std: float = key("standard deviation of the initial weights, at the muP base width", 0.02,
+                          low=0)
+    mup_base_width: int | None = key("width whose rates and stds muP carries over to n_embd; none: "
+                                     "the standard parametrisation", None, low=1)
+    mup_emb_mult: float = key("factor of the embedding's output", 1.0, above=0)
+    mup_alpha: float = key("factor of the logits, which muP divides by n_embd / mup_base_width",
+                           1.0, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +350,10 @@ def check(config: Config) -> None:
                       f"nearest: {' or '.join(map(str, sorted(near)))}")
     elif m.n_embd // m.n_head % 2:
         errors.append(f"n_embd / n_head = {m.n_embd // m.n_head} is odd: RoPE turns pairs")
+    r = m.rotary_dim or 2
+    if r % 2 or r * m.n_head > m.n_embd:
+        errors.append(f"rotary_dim = {r} is not even or more than n_embd / n_head = "
+                      f"{m.n_embd // m.n_head}")
     if m.n_head % (m.n_kv_head or m.n_head):
         errors.append(f"n_head = {m.n_head} is not divisible by n_kv_head = {m.n_kv_head}")
     if o.min_lr > o.lr:
@@ -432,6 +447,24 @@ def read_sealed(path: Path, code: int) -> dict:
     if digest != sealed.split(" ")[0]:
         raise Stop(code, f"{path} was changed: its sha256 is {digest}, {seal.name} says another")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def verify(folder: Path, below: str = ".") -> None:
+    """Compare the files of a checkpoint of ours with the hashes in its state.json.
+
+    Those in the folder itself, or in the one `below` it: readers of weights need no optimizer.
+    A folder without state.json, such as a downloaded one, has nothing to compare with.
+    """
+    if not (folder / "state.json").exists() and not (folder / "state.json.sha256").exists():
+        return
+    for name, should in read_sealed(folder / "state.json", CHECKPOINT)["files"].items():
+        path = folder / name
+        if path.parent != folder / below:
+            continue
+        if not path.is_file() or sha256_file(path) != should:
+            what = "was changed" if path.is_file() else "is missing"
+            raise Stop(CHECKPOINT, f"{path} {what} since the checkpoint was written; "
+                       "choose another checkpoint or copy this one again")
 
 
 # ---- what every stage prints and how it ends -----------------------------------------------------

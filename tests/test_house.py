@@ -12,9 +12,11 @@ STAGES = ["prepare", "model", "train", "sample", "evaluate", "analyze"]
 # A file may import what stands to its left, and nothing beside or to the right of it.
 MAY = {
     "configs": set(), "extras.sources": {"configs"}, "extras.tokenizer_json": set(),
-    "prepare": {"configs", "extras.sources"}, "model": {"configs"},
+    "extras.hf_folders": {"configs"},
+    "prepare": {"configs", "extras.sources"}, "model": {"configs", "extras.hf_folders"},
     "train": {"configs", "prepare", "model", "extras.tokenizer_json"},
-    "sample": {"configs", "prepare", "model"}, "evaluate": {"configs", "prepare", "model"},
+    "sample": {"configs", "prepare", "model"},
+    "evaluate": {"configs", "prepare", "model", "extras.hf_folders"},
 }
 LINES = {"extras": 450, "": 600}  # at most, per file; for all of the book see below
 

@@ -1,0 +1,280 @@
+"""Folders of Hugging Face: config.json and the weights, in the words of each family.
+
+    config = read_config(folder)                        # LLaMA, CrystalCoder, or a mixture of ours
+    weights = read_weights(folder, config, shapes, device, dtype)
+    write_folder(folder, config, weights, tokens, dtype, max_shard_gb)
+
+model.py says what the switches mean and calls these three; this file says how others spell them.
+Reads safetensors and pickled .bin, whole or in shards, and never runs what it reads.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from configs import CHECKPOINT, ModelConfig, Stop, fill, sha256_file
+
+LLAMA_KEYS = {  # config.json -> ours
+    "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd",
+    "intermediate_size": "n_inner", "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_len", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+}
+CRYSTAL_KEYS = {name: name for name in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size",
+                                        "rotary_dim")} | {
+    "n_positions": "seq_len", "layer_norm_epsilon": "norm_eps",
+    "mup_embeddings_scale": "mup_emb_mult", "mup_output_alpha": "mup_alpha",
+}
+CRYSTAL_IS = {  # what its config.json must say
+    "activation_function": "swiglu", "position_embedding_type": "rotary",
+    "scale_attn_weights": True, "mup_scale_qk_dot_by_d": True, "tie_word_embeddings": True,
+}
+CRYSTAL_NAMES = {  # in transformer.h.{i} -> in model.layers.{i}, joined along the output axis
+    "ln_1": ["input_layernorm"], "attn.c_proj": ["self_attn.o_proj"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "ln_2": ["post_attention_layernorm"], "mlp.c_proj": ["mlp.down_proj"],
+    "mlp.c_fc": ["mlp.up_proj"], "mlp.c_fc2": ["mlp.gate_proj"],  # c_fc2 is the one with the SiLU
+}
+# Rotary tables, causal masks and the mask's value: what published files carry beside the weights.
+NO_WEIGHT = r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias)$"
+
+
+def family(c: ModelConfig) -> str:
+    """Whose folders can hold a model of these switches: llama, crystalcoder, or only our own."""
+    if (c.norm, c.rope_interleaved, c.rotary_dim, c.mup_base_width, c.mup_emb_mult, c.mup_alpha
+            ) == ("rms", False, None, None, 1, 1):
+        return "llama"
+    crystal = (c.norm == "layer" and c.bias and c.rope_interleaved and c.rotary_dim and c.tie
+               and c.mup_base_width and c.n_kv_head in (None, c.n_head) and c.rope_theta == 10000)
+    return "crystalcoder" if crystal else "nano360"
+
+
+def layout(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[list[str], bool]]:
+    """Tensor in a folder -> our parameters joined in it, and whether it is (in, out).
+
+    One table for both ways. `names` are all of our parameters; a tied head is listed as well.
+    """
+    table = {name: ([name], False) for name in names}
+    if family(config) == "crystalcoder":  # matrices are Conv1D: y = x W
+        table = {"transformer.wte.weight": (["model.embed_tokens.weight"], False)}
+        for i in range(config.n_layer):
+            table |= {f"transformer.h.{i}.{theirs}.{kind}":
+                      ([f"model.layers.{i}.{one}.{kind}" for one in ours],
+                       kind == "weight" and not theirs.startswith("ln"))
+                      for theirs, ours in CRYSTAL_NAMES.items() for kind in ("weight", "bias")}
+        table |= {f"transformer.ln_f.{kind}": ([f"model.norm.{kind}"], False)
+                  for kind in ("weight", "bias")}
+    if config.tie:
+        table["lm_head.weight"] = (["model.embed_tokens.weight"], False)
+    return table
+
+
+def joined(ours: dict[str, torch.Tensor], names: list[str], turned: bool,
+           dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of a folder, a copy on the CPU, made of our parameters."""
+    whole = torch.cat([ours[name].detach().to("cpu", dtype) for name in names])
+    return whole.T.contiguous() if turned else whole
+
+
+def config_json(c: ModelConfig) -> dict:
+    """What config.json says of the model, in the words of the family that can hold it."""
+    kind = family(c)
+    if kind == "nano360":
+        return {"model_type": "nano360"} | dataclasses.asdict(c)
+    if kind == "crystalcoder":
+        return {"architectures": ["CrystalCoderLMHeadModel"], "model_type": "crystalcoder",
+                "mup_width_scale": c.mup_base_width / c.n_embd, "initializer_range": c.init_std,
+                "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "use_cache": True,
+                } | CRYSTAL_IS | {theirs: getattr(c, ours) for theirs, ours in CRYSTAL_KEYS.items()}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "use_cache": True,
+            "tie_word_embeddings": c.tie, "attention_bias": c.bias, "mlp_bias": c.bias,
+            "hidden_act": "silu", "num_key_value_heads": c.n_kv_head or c.n_head,
+            "initializer_range": c.init_std,
+            } | {theirs: getattr(c, ours) for theirs, ours in LLAMA_KEYS.items()}
+
+
+def llama_config(theirs: dict) -> tuple[dict, dict]:
+    """config.json of a LLaMA -> our keys, and what is odd about it: words -> whether it is there.
+
+    rope_theta is a key of its own in old files, one of rope_parameters in new ones, 10000 in the
+    oldest.
+    """
+    rope, scaling = theirs.get("rope_parameters") or {}, theirs.get("rope_scaling") or {}
+    theirs = theirs | {"rope_theta": rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0}
+    heads, C = theirs.get("num_attention_heads") or 1, theirs.get("hidden_size") or 0
+    kv_heads = theirs.get("num_key_value_heads") or heads
+    kind = scaling.get("rope_type", scaling.get("type", rope.get("rope_type")))
+    bias = theirs.get("attention_bias", False)
+    odd = {"rope scaling": kind not in (None, "default"),
+           "attention_bias without mlp_bias": bias and not theirs.get("mlp_bias", False),
+           "mlp_bias without attention_bias": theirs.get("mlp_bias", False) and not bias,
+           f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act", "silu") != "silu",
+           "head_dim that is not hidden_size / heads":
+               theirs.get("head_dim") not in (None, C // heads)}
+    return {name: theirs[key] for key, name in LLAMA_KEYS.items() if key in theirs} | {
+        "n_kv_head": None if kv_heads == heads else kv_heads, "bias": bias,
+        "tie": theirs.get("tie_word_embeddings", False),
+        "init_std": theirs.get("initializer_range", 0.02)}, odd
+
+
+def crystal_config(theirs: dict) -> tuple[dict, dict]:
+    """config.json of a CrystalCoder -> our keys, and what is odd about it."""
+    scale, C = theirs.get("mup_width_scale"), theirs.get("n_embd") or 0
+    fits = isinstance(scale, float | int) and scale > 0 and C * scale == round(C * scale)
+    odd = {f"{key} {theirs.get(key)}": theirs.get(key) != value
+           for key, value in CRYSTAL_IS.items()}
+    odd[f"mup_width_scale {scale} of n_embd {C}"] = not fits
+    return {name: theirs[key] for key, name in CRYSTAL_KEYS.items() if key in theirs} | {
+        "norm": "layer", "bias": True, "rope_interleaved": True, "tie": True,
+        "mup_base_width": round(C * scale) if fits else None,
+        # not in published files, where transformers would assume 0.02; params.yaml has 0.073
+        "init_std": theirs.get("initializer_range", 0.073)}, odd
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """config.json of a folder of ours, a LLaMA or a CrystalCoder. Raises Stop(CHECKPOINT)."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Stop(CHECKPOINT, f"no checkpoint at {folder}: {path} is missing; expected a folder "
+                   "such as out/demo/ckpt_007 or one from Hugging Face")
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise Stop(CHECKPOINT, f"{path} is no json object: {error}") from error
+    fields, kind = {f.name for f in dataclasses.fields(ModelConfig)}, theirs.get("model_type")
+    if kind == "nano360":
+        given, odd = {k: v for k, v in theirs.items() if k in fields}, {}
+    elif kind in ("llama", "crystalcoder"):
+        given, odd = (llama_config if kind == "llama" else crystal_config)(theirs)
+    else:
+        raise Stop(CHECKPOINT, f"{path}: model_type {kind!r}; llama, crystalcoder or nano360 here")
+    if any(odd.values()):
+        names = ", ".join(name for name, there in odd.items() if there)
+        raise Stop(CHECKPOINT, f"{path}: {names} is not supported in a {kind}")
+    try:
+        return fill([ModelConfig], {k: (v, str(path)) for k, v in given.items()})[0]
+    except Stop as stop:  # a size that is none, or is missing
+        raise Stop(CHECKPOINT, str(stop)) from stop
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder: safetensors, else pickled; one, or an index's."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
+            return [single]
+        if not index.is_file():
+            continue
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(content["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Stop(CHECKPOINT, f"{index} is no index of shards: {error!r}") from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise Stop(CHECKPOINT, f"{index} names {name}, which is not a file in {folder}")
+        return [folder / name for name in names]
+    raise Stop(CHECKPOINT, f"{folder}: no weights; expected model.safetensors or "
+               "pytorch_model.bin, or the index of their shards")
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors of a file, read when touched. Nothing in it is ever executed."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+            return
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(found).values()):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:  # a foreign file breaks in as many ways as there are readers
+        raise Stop(CHECKPOINT, f"{file} is no whole file of weights: {str(error).strip()[:200]}"
+                   ) from error
+    yield from found.items()
+
+
+def read_weights(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size],
+                 device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Our parameters from a folder's files, one file after another. Raises Stop(CHECKPOINT).
+
+    `shapes` are all of our parameters. A tensor that is missing, is none of the model's, or has
+    another shape is named.
+    """
+    table, weights = layout(config, shapes), {}
+    for file in weight_files(folder):
+        for name, tensor in tensors_of(file):
+            if re.search(NO_WEIGHT, name):
+                continue
+            ours, turned = table.get(name, ([], False))
+            if not ours:
+                raise Stop(CHECKPOINT, f"{file}: tensor {name} {tuple(tensor.shape)} is none of "
+                           "the model that config.json describes")
+            rows = [shapes[one][0] for one in ours]
+            needs = (sum(rows), *shapes[ours[0]][1:])
+            needs = needs[::-1] if turned else needs
+            if tensor.shape != needs or not tensor.is_floating_point():
+                raise Stop(CHECKPOINT, f"{file}: tensor {name} is {tuple(tensor.shape)} of "
+                           f"{tensor.dtype}, config.json makes it {needs} of floats")
+            parts = (tensor.T if turned else tensor).split(rows)
+            for one, part in zip(ours, parts, strict=True):
+                # a copy, so that the file's pages can be let go before the next one is read
+                copy = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+                if one in weights and not torch.equal(weights[one], copy):
+                    raise Stop(CHECKPOINT, f"{file}: tensor {name} is tied to the embedding by "
+                               "config.json, but the two differ")
+                weights[one] = copy
+    missing = [name for name, (ours, _) in table.items() if not weights.keys() >= {*ours}]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Stop(CHECKPOINT, f"{folder}: tensor {missing[0]}{more} is missing in the files")
+    return weights
+
+
+def write_folder(folder: Path, config: ModelConfig, ours: dict[str, torch.Tensor], tokens: dict,
+                 dtype: torch.dtype, max_shard_gb: float) -> None:
+    """config.json and our parameters `ours` in files of at most max_shard_gb, 10^9 bytes each.
+
+    A tensor that is larger has a file of its own. `tokens` are lines of config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if old := [*folder.glob("*model*.safetensors*"), *folder.glob("pytorch_model*")]:
+        raise Stop(CHECKPOINT, f"{old[0]} is there already: save to a new folder")
+    content = config_json(config) | tokens | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    table = layout(config, ours)
+    if config.tie and family(config) != "crystalcoder":
+        del table["lm_head.weight"]  # transformers makes it from the embedding
+    sizes = {name: sum(ours[one].numel() for one in parts) * dtype.itemsize
+             for name, (parts, _) in table.items()}
+    shards, room = [[]], 0.0
+    for name, size in sizes.items():
+        if shards[-1] and room + size > max_shard_gb * 1e9:
+            shards, room = [*shards, []], 0.0
+        shards[-1].append(name)
+        room += size
+    where = {}
+    for n, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else (
+            f"model-{n:05d}-of-{len(shards):05d}.safetensors")
+        where |= dict.fromkeys(names, file)
+        save_file({name: joined(ours, *table[name], dtype) for name in names}, folder / file,
+                  metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def checkpoint_hash(folder: str | Path) -> str:
+    """What a score belongs to: one sha256 over config.json and the weights of a folder."""
+    files = [Path(folder) / "config.json", *weight_files(Path(folder))]
+    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
