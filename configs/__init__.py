@@ -339,23 +339,26 @@ def split_words(argv: list[str], names: dict[str, Any]) -> tuple[list[str], dict
     return words, given
 
 
-def check(config: Config) -> None:
-    """What no single key can know. Raises Stop with every error at once."""
-    m, d, o = config.model, config.data, config.optim
-    errors = []
+def check_model(m: ModelConfig) -> list[str]:
+    """What is wrong with a model's sizes, taken together."""
+    errors, D, r = [], m.n_embd // m.n_head, m.rotary_dim
     if m.n_embd % m.n_head:
         step = m.n_head * 2  # twice the heads, so that the head size stays even for the rotation
         near = {max(step, m.n_embd // step * step), m.n_embd // step * step + step}
         errors.append(f"n_embd = {m.n_embd} is not divisible by n_head = {m.n_head}; "
                       f"nearest: {' or '.join(map(str, sorted(near)))}")
-    elif m.n_embd // m.n_head % 2:
-        errors.append(f"n_embd / n_head = {m.n_embd // m.n_head} is odd: RoPE turns pairs")
-    r = m.rotary_dim or 2
-    if r % 2 or r * m.n_head > m.n_embd:
-        errors.append(f"rotary_dim = {r} is not even or more than n_embd / n_head = "
-                      f"{m.n_embd // m.n_head}")
+    elif r is None and D % 2:
+        errors.append(f"n_embd / n_head = {D} is odd: RoPE turns pairs")
+    elif r is not None and (r % 2 or r > D):
+        errors.append(f"rotary_dim = {r} wants an even number of at most n_embd / n_head = {D}")
     if m.n_head % (m.n_kv_head or m.n_head):
         errors.append(f"n_head = {m.n_head} is not divisible by n_kv_head = {m.n_kv_head}")
+    return errors
+
+
+def check(config: Config) -> None:
+    """What no single key can know. Raises Stop with every error at once."""
+    d, o, errors = config.data, config.optim, check_model(config.model)
     if o.min_lr > o.lr:
         errors.append(f"min_lr = {o.min_lr} is above lr = {o.lr}")
     if o.decay_steps is not None and o.decay_steps < o.warmup_steps:

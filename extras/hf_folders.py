@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from configs import CHECKPOINT, ModelConfig, Stop, fill, sha256_file
+from configs import CHECKPOINT, ModelConfig, Stop, check_model, fill, sha256_file
 
 LLAMA_KEYS = {  # config.json -> ours
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd",
@@ -126,13 +126,15 @@ def llama_config(theirs: dict) -> tuple[dict, dict]:
 def crystal_config(theirs: dict) -> tuple[dict, dict]:
     """config.json of a CrystalCoder -> our keys, and what is odd about it."""
     scale, C = theirs.get("mup_width_scale"), theirs.get("n_embd") or 0
-    fits = isinstance(scale, float | int) and scale > 0 and C * scale == round(C * scale)
+    base = C * scale if isinstance(scale, float | int) else 0  # a whole number, but for rounding
+    fits = base > 0.5 and abs(base - round(base)) < 1e-6
     odd = {f"{key} {theirs.get(key)}": theirs.get(key) != value
            for key, value in CRYSTAL_IS.items()}
     odd[f"mup_width_scale {scale} of n_embd {C}"] = not fits
+    odd["scale_attn_by_inverse_layer_idx"] = theirs.get("scale_attn_by_inverse_layer_idx", False)
     return {name: theirs[key] for key, name in CRYSTAL_KEYS.items() if key in theirs} | {
         "norm": "layer", "bias": True, "rope_interleaved": True, "tie": True,
-        "mup_base_width": round(C * scale) if fits else None,
+        "mup_base_width": round(base) if fits else None,
         # not in published files, where transformers would assume 0.02; params.yaml has 0.073
         "init_std": theirs.get("initializer_range", 0.073)}, odd
 
@@ -147,20 +149,26 @@ def read_config(folder: Path) -> ModelConfig:
         theirs = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise Stop(CHECKPOINT, f"{path} is no json object: {error}") from error
-    fields, kind = {f.name for f in dataclasses.fields(ModelConfig)}, theirs.get("model_type")
-    if kind == "nano360":
-        given, odd = {k: v for k, v in theirs.items() if k in fields}, {}
-    elif kind in ("llama", "crystalcoder"):
+    names = {f.name: f.name for f in dataclasses.fields(ModelConfig)}
+    kind, keys = theirs.get("model_type"), {"llama": LLAMA_KEYS, "crystalcoder": CRYSTAL_KEYS,
+                                            "nano360": names}
+    if kind not in keys:
+        raise Stop(CHECKPOINT, f"{path}: model_type {kind!r}; {', '.join(keys)} are read here")
+    if missing := [name for name in keys[kind] if name not in theirs and name != "rope_theta"]:
+        raise Stop(CHECKPOINT, f"{path}: {', '.join(missing)} is missing")
+    given, odd = {k: theirs[k] for k in names if k in theirs}, {}
+    if kind != "nano360":
         given, odd = (llama_config if kind == "llama" else crystal_config)(theirs)
-    else:
-        raise Stop(CHECKPOINT, f"{path}: model_type {kind!r}; llama, crystalcoder or nano360 here")
     if any(odd.values()):
-        names = ", ".join(name for name, there in odd.items() if there)
-        raise Stop(CHECKPOINT, f"{path}: {names} is not supported in a {kind}")
+        there = ", ".join(name for name, there in odd.items() if there)
+        raise Stop(CHECKPOINT, f"{path}: {there} is not supported in a {kind}")
     try:
-        return fill([ModelConfig], {k: (v, str(path)) for k, v in given.items()})[0]
-    except Stop as stop:  # a size that is none, or is missing
+        config = fill([ModelConfig], {k: (v, str(path)) for k, v in given.items()})[0]
+    except Stop as stop:  # a size that is none
         raise Stop(CHECKPOINT, str(stop)) from stop
+    if errors := check_model(config):
+        raise Stop(CHECKPOINT, "\n".join(f"{path}: {error}" for error in errors))
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -193,8 +201,9 @@ def tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, tensors.get_tensor(name)
             return
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(found).values()):
-            raise ValueError("it holds more than tensors")
+        if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                                  for k, v in found.items()):
+            raise ValueError("it holds other things than named tensors")
     except Exception as error:  # a foreign file breaks in as many ways as there are readers
         raise Stop(CHECKPOINT, f"{file} is no whole file of weights: {str(error).strip()[:200]}"
                    ) from error
@@ -228,8 +237,8 @@ def read_weights(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size
                 # a copy, so that the file's pages can be let go before the next one is read
                 copy = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
                 if one in weights and not torch.equal(weights[one], copy):
-                    raise Stop(CHECKPOINT, f"{file}: tensor {name} is tied to the embedding by "
-                               "config.json, but the two differ")
+                    raise Stop(CHECKPOINT, f"{file}: tensor {name} is {one} once more, the head "
+                               "of a tied embedding or given twice, but the two differ")
                 weights[one] = copy
     missing = [name for name, (ours, _) in table.items() if not weights.keys() >= {*ours}]
     if missing:
