@@ -3,8 +3,10 @@
     python sample.py out/demo/ckpt_007 --prompt="def main(" --max_new_tokens=200
     python sample.py out/demo/ckpt_007 --temperature=0                  # greedy
     python sample.py out/demo/ckpt_007 --prompt_file=- < question.txt   # a file, or standard input
+    python sample.py out/demo/ckpt_007 --prompt="def f(" --stop="def "  # up to a text
 
-Reads a checkpoint folder of ours or any Hugging Face LLaMA folder; writes to standard output only.
+Reads a checkpoint folder of ours, or any of Hugging Face with a LLaMA or a CrystalCoder; writes to
+standard output only.
 """
 
 import sys
@@ -30,10 +32,12 @@ class SampleOptions:
     top_k: int = key("draw from the k likeliest tokens; 0: from all", 50, low=0)
     top_p: float = key("draw from the likeliest tokens that hold this share; 0 or 1: from all",
                        1.0, low=0, high=1)
+    stop: str = key("end before this text; empty: at the end of the document only", "")
     num_samples: int = key("texts to make, one after another", 1, low=1)
     seed: int = key("seed of the draws", 0, low=0, high=2**63 - 1)
     tokenizer: str | None = key("tokenizer file; none: the one in the checkpoint's folder", None)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("where to compute", "auto")
+    dtype: Literal["float32", "bfloat16"] = key("type of the weights in memory", "float32")
 
 
 def printable(text: str, raw: bool) -> str:
@@ -44,11 +48,12 @@ def printable(text: str, raw: bool) -> str:
                    else c.encode("unicode_escape").decode() for c in text)
 
 
-def pieces_of_text(tokenizer: Tokenizer, prompt: list[int], new: Iterator[int]) -> Iterator[str]:
-    """The text that new ids add to a prompt's, up to EOS, as soon as its characters are whole.
+def pieces_of_text(tokenizer: Tokenizer, prompt: list[int], new: Iterator[int],
+                   stop: str = "") -> Iterator[str]:
+    """The text that new ids add to a prompt's, up to EOS or `stop`, as soon as it is certain.
 
     Decoded together with what came before: alone, a token loses its leading blank, and a character
-    may take several tokens.
+    may take several tokens. An end that `stop` may begin with is held back until it is known.
     """
     ids, shown = list(prompt), len(tokenizer.decode(prompt))
     for i in new:
@@ -56,9 +61,14 @@ def pieces_of_text(tokenizer: Tokenizer, prompt: list[int], new: Iterator[int]) 
             break
         ids.append(i)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half of a character, perhaps
-            yield text[shown:]
-            shown = len(text)
+        at = text.find(stop, shown) if stop else -1
+        if at >= 0:
+            yield text[shown:at]
+            return
+        held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+        if len(text) - held > shown and not text.endswith("\ufffd"):  # half of a character, perhaps
+            yield text[shown:len(text) - held]
+            shown = len(text) - held
     yield tokenizer.decode(ids)[shown:]
 
 
@@ -103,7 +113,7 @@ def main(argv: list[str]) -> None:
     folder, options = load_options(argv, SampleOptions, "a checkpoint such as out/demo/ckpt_007")
     prompt = read_prompt(options)
     device = choose_device(options.device)
-    model = Transformer.from_pretrained(folder, device).eval()
+    model = Transformer.from_pretrained(folder, device, getattr(torch, options.dtype)).eval()
     tokenizer = load_tokenizer(options.tokenizer or folder)
     ids = check(options, tokenizer, model, prompt)
     generator = torch.Generator(device).manual_seed(options.seed)
@@ -114,7 +124,7 @@ def main(argv: list[str]) -> None:
         stream = model.stream(torch.tensor([ids], device=device), options.max_new_tokens,
                               options.temperature, options.top_k, options.top_p or 1.0,
                               (tokenizer.eos,), generator=generator)
-        for text in pieces_of_text(tokenizer, ids, map(int, stream)):
+        for text in pieces_of_text(tokenizer, ids, map(int, stream), options.stop):
             print(printable(text, raw), end="", flush=True)
         print()
 

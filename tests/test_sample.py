@@ -43,7 +43,7 @@ def test_greedy_is_the_models_own_text(folder, capsys):
     """The streamed text is the decoded generate() of the same prompt."""
     model, tokenizer = Transformer.from_pretrained(folder), prepare.load_tokenizer(folder)
     ids = tokenizer.encode("the cat")
-    out = model.generate(torch.tensor([ids]), 40, temperature=0, eos=tokenizer.eos)[0].tolist()
+    out = model.generate(torch.tensor([ids]), 40, temperature=0, stop=[tokenizer.eos])[0].tolist()
     expected = tokenizer.decode([i for i in out if i != tokenizer.eos])
     text = said(capsys, str(folder), "--prompt=the cat", "--temperature=0", "--max_new_tokens=40")
     assert text == expected + "\n" and len(expected) > len("the cat")
@@ -76,6 +76,30 @@ def test_stops_before_eos():
     ids = tokenizer.encode("the cat")
     shown = sample.pieces_of_text(tokenizer, [], iter([*ids, tokenizer.eos, *ids]))
     assert "".join(shown) == "the cat"
+
+
+@pytest.mark.parametrize("stop, left", [
+    ("sat", "the cat "), ("on the mat", "the cat sat "), (" ", "the"), ("never there", None),
+    ("mat, a dog", None), ("café", None)])
+def test_stops_before_a_text(stop, left):
+    """The text up to `stop`, whatever its tokens; what only began like it is shown after all."""
+    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    tokenizer = prepare.Tokenizer("sentencepiece", data, {})
+    whole = "the cat sat on the mat, and"
+    parts = list(sample.pieces_of_text(tokenizer, [], iter(tokenizer.encode(whole)), stop))
+    assert "".join(parts) == (whole if left is None else left)
+    # a stop text in the prompt is none
+    ids = tokenizer.encode("the cat sat")
+    after = sample.pieces_of_text(tokenizer, ids, iter(tokenizer.encode(whole)), "the cat sat on")
+    assert "".join(after).lstrip() == ""
+
+
+def test_bfloat16_is_asked_for(folder, capsys, monkeypatch):
+    seen, read = [], Transformer.from_pretrained
+    monkeypatch.setattr(Transformer, "from_pretrained",
+                        lambda *args: (seen.append(args), read(*args))[1])
+    said(capsys, str(folder), "--prompt=the", "--dtype=bfloat16", "--stop=the")
+    assert seen[0][2] == torch.bfloat16
 
 
 def test_no_control_character_reaches_a_terminal(folder):
