@@ -11,7 +11,7 @@ chunks, so that all chunks have the same mix. Whatever the number of worker proc
 the same. Reads the sources of the run file; writes data/<dataset>/, whole or not at all:
 
     manifest.json       what went in and what came out: tokenizer, sources, files with their sha256
-    tokenizer.model     (or .tiktoken) what the rows were made with
+    tokenizer.model     (or .tiktoken, .json) what the rows were made with
     train_000.bin ...   rows of seq_len + 1 token ids, uint16 or uint32, C order, no header
     valid_<source>.bin  held-out rows
     provenance/         the way back. <chunk>.npy: (source, epoch, row of its stream) of every row;
@@ -45,6 +45,7 @@ from configs import (DATA, SECTIONS, USAGE, Config, Source, Stop, key, load,
                      read_sealed, run, say, sha256_file, sync, write_sealed)
 from extras.sources import (Corpus, blocks, is_held_out, no_documents, open_corpus, pieces,
                             sample_text)
+from extras.tokenizer_json import JsonTokenizer
 
 FORMAT = 1  # of data/<dataset>/: readers refuse another
 BATCH = 1 << 20  # characters sent to a worker at once
@@ -52,6 +53,7 @@ MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the n
 HELD_OUT = -1  # the "epoch" of held-out rows in the provenance tables
 FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
 EOT = "<|endoftext|>"  # what tiktoken calls EOS
+KINDS = {".model": "sentencepiece", ".tiktoken": "tiktoken", ".json": JsonTokenizer.kind}
 # How tiktoken cuts text before merging: the pattern of cl100k_base, for ranks that come as a file.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
            r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
@@ -160,20 +162,20 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def build_tokenizer(kind: str, data: bytes, spec: str) -> Tokenizer:
-    return Tokenizer(kind, data, json.loads(spec))
+def build_tokenizer(kind: str, data: bytes, spec: str) -> Tokenizer | JsonTokenizer:
+    return (JsonTokenizer(data, json.loads(spec)) if kind == JsonTokenizer.kind
+            else Tokenizer(kind, data, json.loads(spec)))
 
 
-def read_tokenizer(file: str, spec: str) -> Tokenizer:
+def read_tokenizer(file: str, spec: str) -> Tokenizer | JsonTokenizer:
     """The tokenizer of a file; `spec` is json of what the file cannot say. Raises Stop(DATA)."""
-    kind = "tiktoken" if file.endswith(".tiktoken") else "sentencepiece"
     try:
-        return build_tokenizer(kind, Path(file).read_bytes(), spec)
+        return build_tokenizer(KINDS[Path(file).suffix], Path(file).read_bytes(), spec)
     except (ValueError, RuntimeError, KeyError) as error:  # base64, int(), sentencepiece
         raise Stop(DATA, f"tokenizer {file} is truncated or of another kind: {error}") from error
 
 
-def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer:
+def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer | JsonTokenizer:
     """The tokenizer of a file, or of a data set's or checkpoint's folder. Raises Stop(DATA).
 
     In a folder, tokenizer_config.json says whether BOS is put in front, as in Hugging Face's.
@@ -183,28 +185,28 @@ def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer:
         if (file / "tokenizer_config.json").is_file():
             try:
                 config = json.loads((file / "tokenizer_config.json").read_text(encoding="utf-8"))
-                spec = config.get("nano360", {})
-            except (ValueError, AttributeError) as error:
+                spec = config.get("nano360", {}) | config
+            except (ValueError, AttributeError, TypeError) as error:
                 raise Stop(DATA, f"{file}/tokenizer_config.json is broken: {error}") from error
         elif (file / "manifest.json").is_file():
             spec = json.loads((file / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
-        names = [n for n in ("tokenizer.model", "tokenizer.tiktoken") if (file / n).is_file()]
+        names = [n for n in map("tokenizer{}".format, KINDS) if (file / n).is_file()]
         if not names:
-            raise Stop(DATA, f"{path} has no tokenizer.model or tokenizer.tiktoken; "
-                       "give --tokenizer=FILE")
+            raise Stop(DATA, f"{path} has no tokenizer{', '.join(KINDS)}: give --tokenizer=FILE")
         file = file / names[0]
-    if not file.is_file() or file.suffix not in (".model", ".tiktoken"):
-        what = "is neither .model nor .tiktoken" if file.is_file() else "not found"
+    if not file.is_file() or file.suffix not in KINDS:
+        what = f"is none of {', '.join(KINDS)}" if file.is_file() else "not found"
         expected = f" with sha256 {sha256}" if sha256 else ""
-        raise Stop(DATA, f"tokenizer {path} {what}; expected a sentencepiece model or tiktoken "
-                   f"ranks{expected}; a published checkpoint of the family has it as "
-                   "tokenizer.model: give --tokenizer=FILE")
+        raise Stop(DATA, f"tokenizer {path} {what}; expected a sentencepiece model, tiktoken "
+                   f"ranks or a tokenizer.json{expected}; a published checkpoint of the family has "
+                   "it as tokenizer.model or tokenizer.json: give --tokenizer=FILE")
     if sha256 and sha256_file(file) != sha256:
         raise Stop(DATA, f"tokenizer {file} is another than was named: its sha256 is "
                    f"{sha256_file(file)}, expected {sha256}")
     tokenizer = copy(read_tokenizer(str(file), json.dumps(spec)))
-    llama = str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
-    tokenizer.add_bos = tokenizer.bos is not None and bool(config.get("add_bos_token", llama))
+    if file.suffix != ".json":  # which says itself whether, unless the spec does
+        llama = str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+        tokenizer.add_bos = tokenizer.bos is not None and bool(config.get("add_bos_token", llama))
     return tokenizer
 
 

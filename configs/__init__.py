@@ -105,7 +105,7 @@ class ModelConfig:
 class DataConfig:
     dataset: str = key("folder below data/; the run file's name unless given", pattern=NAME)
     sources: tuple[Source, ...] = key("the mix: [dict(name=, path=, weight=, licence=)]", ())
-    tokenizer: str = key("bpe: train one; tiktoken:NAME; or a file, .model or .tiktoken", "bpe")
+    tokenizer: str = key("bpe: train one; tiktoken:NAME; or a file, .model .tiktoken .json", "bpe")
     tokenizer_sha256: str = key("sha256 the tokenizer file must have; empty: any", "",
                                 pattern="([0-9a-f]{64})?")
     n_chunks: int = key("chunks the data is cut into; one checkpoint after each", low=1)

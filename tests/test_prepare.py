@@ -735,20 +735,20 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path, model_file, ranks_file):
     cases = {"gone.model": None, "half.model": good[:len(good) // 2], "cut.model": good[:-1],
              "empty.model": b"", "other.model": ranks_file.read_bytes(), "empty.tiktoken": b"",
              "other.tiktoken": good, "cut.tiktoken": ranks_file.read_bytes()[:-4],
-             "text.json": b"{}", "words.tiktoken": b"the quick\nbrown fox\n"}
+             "text.json": b"{}", "text.txt": b"{}", "words.tiktoken": b"the quick\nbrown fox\n"}
     for name, content in cases.items():
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
         said = unloadable(path)
         assert str(path) in said, name
-        if content is None or path.suffix == ".json":
-            assert "sentencepiece model or tiktoken ranks" in said and "--tokenizer=FILE" in said
+        if content is None or path.suffix == ".txt":
+            assert "sentencepiece model, tiktoken ranks" in said and "--tokenizer=FILE" in said
             assert ("not found" in said) == (content is None)
         else:
             assert "truncated or of another kind" in said, name
     (tmp_path / "folder").mkdir()
-    assert "has no tokenizer.model or tokenizer.tiktoken" in unloadable(tmp_path / "folder")
+    assert "has no tokenizer.model, .tiktoken, .json" in unloadable(tmp_path / "folder")
 
 
 def test_a_tokenizer_with_another_hash_is_refused(tmp_path, model_file):
@@ -929,8 +929,10 @@ CASES = [  # users.md, section 5
          said=("gone.model", "not found", "12ab" * 16)),
     Case("half a tokenizer", {"a.txt": GOOD, "half.model": b"\n\x0e\n\x05<unk>"},
          dict(tokenizer="text/half.model"), said=("half.model", "truncated or of another kind")),
-    Case("not a tokenizer", {"a.txt": GOOD, "x.json": "{}"}, dict(tokenizer="text/x.json"),
-         said=("x.json", "neither .model nor .tiktoken", "--tokenizer=FILE")),
+    Case("not a tokenizer", {"a.txt": GOOD, "x.bin": "{}"}, dict(tokenizer="text/x.bin"),
+         said=("x.bin", "none of .model, .tiktoken, .json", "--tokenizer=FILE")),
+    Case("not a tokenizer.json", {"a.txt": GOOD, "x.json": "{}"}, dict(tokenizer="text/x.json"),
+         said=("x.json", "truncated or of another kind")),
     Case("tokenizer with another hash", {"a.txt": GOOD},
          dict(tokenizer="MODEL", tokenizer_sha256="12ab" * 16),
          said=("small.model", "12ab" * 16, "HASH")),
