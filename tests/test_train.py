@@ -259,6 +259,33 @@ def test_a_stop_inside_a_visit(room, capsys):
     assert metrics(Path("out/parts")) == metrics(Path("out/straight"))
 
 
+def test_a_crystalcoder_trains_resumes_and_speaks(room, capsys):
+    """All of CrystalCoder's switches by the command line: its checkpoints have the published names,
+    a resumed run is the same bits, and the other stages read them."""
+    import evaluate
+    import sample
+    switches = ("--norm=layer --norm_eps=1e-5 --bias=true --n_kv_head=none --rotary_dim=4 "
+                "--rope_interleaved=true --tie=true --mup_base_width=8 --mup_emb_mult=4 "
+                "--mup_alpha=2").split()
+    train.main(["tiny.py", "--run=straight", *switches])
+    train.main(["tiny.py", "--run=parts", "--max_steps=6", *switches])
+    train.main(["tiny.py", "--run=parts", *switches])
+    last = Path("out/parts/ckpt_003")
+    straight, parts = (load_file(f"out/{name}/ckpt_003/model.safetensors")
+                       for name in ("straight", "parts"))
+    assert "transformer.h.1.attn.c_attn.weight" in straight and straight.keys() == parts.keys()
+    assert all(torch.equal(straight[k], parts[k]) for k in straight)
+    groups = json.loads((last / "state.json").read_text())["param_groups"]
+    assert {(g["lr_mult"], g["weight_decay"]) for g in groups} == {(1, 0.1), (0.25, 0.1), (1, 0)}
+    losses = [line["loss"] for line in metrics(Path("out/parts"))]
+    assert losses[-1] < losses[0] - 0.5
+    capsys.readouterr()
+    sample.main([str(last), "--prompt=red green", "--max_new_tokens=8"])
+    evaluate.main([str(last), "--tasks=valid"])
+    out = capsys.readouterr().out
+    assert out.startswith("red green") and "bits_per_byte" in out
+
+
 def test_a_kill_between_save_and_validation(room):
     """The held-out lines that a kill prevented are made up for; later and broken lines go."""
     train.main(["tiny.py", "--max_steps=8"])
