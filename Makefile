@@ -1,10 +1,12 @@
 # make demo: text -> tokens -> model -> sample -> score, on two CPU cores, in a few minutes.
-# make test: the whole test suite. Both set up .venv on their first run and nothing twice.
+# make test: the whole test suite.
+# make mup: the learning-rate sweep of README.md, 25 minutes on two cores; writes assets/mup.*.
+# make proofs: what is too slow for the suite. All set up .venv on their first run, nothing twice.
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test mup proofs
 
 demo: .venv/run
 	$(RUN) prepare.py configs/demo.py
@@ -26,6 +28,13 @@ demo: .venv/run
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
+
+mup: .venv/dev
+	$(RUN) tests/mup.py
+
+proofs: mup
+	$(RUN) tests/bench.py sample
+	$(RUN) tests/bench.py init
 
 # An empty file marks what is installed; it is older than a requirements file that has changed.
 .venv/run: requirements.txt
