@@ -244,7 +244,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A LLaMA or a CrystalCoder. Its module tree spells names: model.layers.0.mlp.up_proj.weight.
+    """A LLaMA or a CrystalCoder. Modules spell LLaMA's names: model.layers.0.mlp.up_proj.weight.
 
     A tied head is no parameter of its own, so there is no tie to break on the way to a device.
     """

@@ -210,6 +210,32 @@ def tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from found.items()
 
 
+def read_file(file: Path, table: dict[str, tuple[list[str], bool]], shapes: dict[str, torch.Size],
+              weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Put one file's tensors into `weights`, under our names. Raises Stop(CHECKPOINT)."""
+    for name, tensor in tensors_of(file):
+        if re.search(NO_WEIGHT, name):
+            continue
+        ours, turned = table.get(name, ([], False))
+        if not ours:
+            raise Stop(CHECKPOINT, f"{file}: tensor {name} {tuple(tensor.shape)} is none of the "
+                       "model that config.json describes")
+        rows = [shapes[one][0] for one in ours]
+        needs = (sum(rows), *shapes[ours[0]][1:])
+        needs = needs[::-1] if turned else needs
+        if tensor.shape != needs or not tensor.is_floating_point():
+            raise Stop(CHECKPOINT, f"{file}: tensor {name} is {tuple(tensor.shape)} of "
+                       f"{tensor.dtype}, config.json makes it {needs} of floats")
+        parts = (tensor.T if turned else tensor).split(rows)
+        for one, part in zip(ours, parts, strict=True):
+            if one not in weights:
+                # a copy, so that the file's pages can be let go before the next one is read
+                weights[one] = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+            elif not torch.equal(weights[one], part.to(device, dtype)):
+                raise Stop(CHECKPOINT, f"{file}: tensor {name} is {one} once more, the head of a "
+                           "tied embedding or given twice, but the two differ")
+
+
 def read_weights(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size],
                  device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Our parameters from a folder's files, one file after another. Raises Stop(CHECKPOINT).
@@ -219,27 +245,7 @@ def read_weights(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size
     """
     table, weights = layout(config, shapes), {}
     for file in weight_files(folder):
-        for name, tensor in tensors_of(file):
-            if re.search(NO_WEIGHT, name):
-                continue
-            ours, turned = table.get(name, ([], False))
-            if not ours:
-                raise Stop(CHECKPOINT, f"{file}: tensor {name} {tuple(tensor.shape)} is none of "
-                           "the model that config.json describes")
-            rows = [shapes[one][0] for one in ours]
-            needs = (sum(rows), *shapes[ours[0]][1:])
-            needs = needs[::-1] if turned else needs
-            if tensor.shape != needs or not tensor.is_floating_point():
-                raise Stop(CHECKPOINT, f"{file}: tensor {name} is {tuple(tensor.shape)} of "
-                           f"{tensor.dtype}, config.json makes it {needs} of floats")
-            parts = (tensor.T if turned else tensor).split(rows)
-            for one, part in zip(ours, parts, strict=True):
-                # a copy, so that the file's pages can be let go before the next one is read
-                copy = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
-                if one in weights and not torch.equal(weights[one], copy):
-                    raise Stop(CHECKPOINT, f"{file}: tensor {name} is {one} once more, the head "
-                               "of a tied embedding or given twice, but the two differ")
-                weights[one] = copy
+        read_file(file, table, shapes, weights, device, dtype)
     missing = [name for name, (ours, _) in table.items() if not weights.keys() >= {*ours}]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
