@@ -1,6 +1,6 @@
 # make demo: text -> tokens -> model -> sample -> score, on two CPU cores, in a few minutes.
 # make test: the whole test suite.
-# make mup: the learning-rate sweep of README.md, 25 minutes on two cores; writes assets/mup.*.
+# make mup: the learning-rate sweep of README.md, about 20 minutes on two cores; writes assets/mup.*.
 # make proofs: what is too slow for the suite. All set up .venv on their first run, nothing twice.
 
 PYTHON ?= python3

@@ -55,7 +55,8 @@ def tensor_classes(config: ModelConfig) -> dict[str, TensorClass]:
     muP (arXiv 2203.03466, table 8) keeps the size of every activation, and of its change in a step
     of Adam, the same at every width. Adam moves each entry by about lr, and all C entries of a row
     move together with their input: so a matrix inside wants lr / m. What is read one entry at a
-    time, embedding, biases and norms, wants lr. The tied head sums C products: alpha / m.
+    time, embedding, biases, norms, wants lr. The tied head sums C products: alpha / m. One factor
+    is no tensor's, the scale of attention: 1/D with muP, and it stands in Attention.
 
     Without muP this is Amber's recipe, the same table with m = 1: one std, and decay on everything.
     With it, CrystalCoder's (params.yaml): what leads into the residual stream starts smaller by
@@ -268,7 +269,10 @@ class Transformer(nn.Module):
         return self.model["embed_tokens"].weight if self.config.tie else self.lm_head.weight
 
     def set_tables(self) -> None:
-        """(Re)compute the rotary tables where the weights are. They are no part of a checkpoint."""
+        """(Re)compute the rotary tables where the weights are. They are no part of a checkpoint.
+
+        Again after model.to(dtype), which rounds them; from_pretrained(dtype=) does so.
+        """
         cos, sin = rope_tables(self.config, self.head_weight.device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -294,6 +298,7 @@ class Transformer(nn.Module):
         """idx (B, T) -> what the head multiplies (B, T, C), its factor alpha / m included."""
         x = self.model["embed_tokens"](idx) * self.emb_mult
         end = start + idx.size(1)
+        assert end <= self.config.seq_len, f"{end} tokens, the context has {self.config.seq_len}"
         cos, sin = self.cos[start:end], self.sin[start:end]
         mask = self.mask(end - start, start, pads)
         for i, block in enumerate(self.model["layers"]):
@@ -340,9 +345,10 @@ class Transformer(nn.Module):
                generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
         """Continue idx (B, T) and yield each step's tokens (B,) as they are made.
 
-        temperature 0 is greedy; top_k 0 and top_p 1 are off. A sequence that has made one of the
+        temperature 0 is greedy; top_k 0, top_p 0 or 1 are off. A sequence that has made one of the
         `stop` ids repeats it, and the stream ends when all have. Prompts of different lengths stand
-        at the right end of idx, see align(). A full context goes on from its last half.
+        at the right end of idx, see align(). When the context is full, its last half is
+        read again, and on it goes.
         """
         device, T_max = idx.device, self.config.seq_len
         cast = torch.is_autocast_enabled(device.type)
@@ -352,7 +358,7 @@ class Transformer(nn.Module):
         idx, pads = window(made, T_max, all_pads)
         head = self.head_weight.to(dtype).t()  # (C, V)
         if device.type == "cpu" and len(idx) == 1 and dtype == torch.float32:
-            head = head.contiguous()  # one row times it is twice as fast when it lies like that
+            head = head.contiguous()  # a copy, V C numbers: one row times it is twice as fast
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=device)
         ends = torch.tensor(stop, dtype=torch.int64, device=device)
         for _ in range(max_new_tokens):
@@ -420,7 +426,8 @@ def align(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor 
     """
     lengths = [len(prompt) for prompt in prompts]
     T = max(lengths)
-    idx = torch.tensor([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts])
+    idx = torch.tensor([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts],
+                       dtype=torch.int64)
     return idx, None if min(lengths) == T else torch.tensor(lengths)
 
 
@@ -439,10 +446,10 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     if temperature < 1e-5:  # dividing by less would overflow, and says the same
         return logits.argmax(dim=-1)
     V, ids = logits.size(-1), None
-    if 0 < top_k < V or top_p < 1:  # the best first; a softmax of k numbers is cheaper than of V
+    if 0 < top_k < V or 0 < top_p < 1:  # best first: k numbers are less than V
         logits, ids = logits.topk(min(top_k or V, V))
     p = (logits.float() / temperature).softmax(dim=-1)
-    if top_p < 1:  # the smallest set of best tokens that holds top_p of the probability
+    if 0 < top_p < 1:  # the smallest set of best tokens that holds top_p of the probability
         p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # never the best one
     drawn = torch.multinomial(p, 1, generator=generator)
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]

@@ -52,7 +52,7 @@ lr = 0.012
 min_lr = 0.00012408
 schedule = "linear"
 warmup_steps = 86
-decay_steps = 294_423  # 86 + 294,337: the line of stages 1 and 2 together
+decay_steps = 294_423  # 86 + 294,337: stages 1 and 2 lie on this line and end 315 steps before it
 max_steps = 79_721  # stopped on the way down, at lr 0.00879; 344.8B tokens
 batch_size = 2112  # rows of 2048 = 4.33M tokens; 66 rows x 16 CS-2 x 2 accumulation steps
 micro_batch_size = 66

@@ -1,7 +1,8 @@
 """CrystalCoder-7B, stage 2 of 3: the other half of SlimPajama and two epochs of StarCoder, 927B.
 
-From pretrain/params/phase2/params.yaml. It goes on from the end of stage 1. Its rate starts where
-the straight line of stage 1 then was (0.0087825; stage 1 ended at 0.0087869) and ends on it too.
+From pretrain/params/phase2/params.yaml. The original went on from the weights of stage 1; train.py
+cannot yet, and starts from random ones. After a new warm-up of 86 steps its peak is where the line
+of stage 1 would be about step 79,830 (stage 1 ended at 0.0087869), and it ends on that line too.
 """
 
 from configs.crystalcoder_7b_stage1 import *

@@ -152,13 +152,16 @@ def read_config(folder: Path) -> ModelConfig:
     names = {f.name: f.name for f in dataclasses.fields(ModelConfig)}
     kind, keys = theirs.get("model_type"), {"llama": LLAMA_KEYS, "crystalcoder": CRYSTAL_KEYS,
                                             "nano360": names}
-    if kind not in keys:
+    if not isinstance(kind, str) or kind not in keys:
         raise Stop(CHECKPOINT, f"{path}: model_type {kind!r}; {', '.join(keys)} are read here")
     if missing := [name for name in keys[kind] if name not in theirs and name != "rope_theta"]:
         raise Stop(CHECKPOINT, f"{path}: {', '.join(missing)} is missing")
     given, odd = {k: theirs[k] for k in names if k in theirs}, {}
     if kind != "nano360":
-        given, odd = (llama_config if kind == "llama" else crystal_config)(theirs)
+        try:
+            given, odd = (llama_config if kind == "llama" else crystal_config)(theirs)
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:  # "8" for 8
+            raise Stop(CHECKPOINT, f"{path}: a value is of the wrong type: {error}") from error
     if any(odd.values()):
         there = ", ".join(name for name, there in odd.items() if there)
         raise Stop(CHECKPOINT, f"{path}: {there} is not supported in a {kind}")
@@ -181,11 +184,11 @@ def weight_files(folder: Path) -> list[Path]:
             continue
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
-            names = sorted(set(content["weight_map"].values()))
+            names = sorted(set(content["weight_map"].values()), key=str)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Stop(CHECKPOINT, f"{index} is no index of shards: {error!r}") from error
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if Path(str(name)).name != name or not (folder / name).is_file():
                 raise Stop(CHECKPOINT, f"{index} names {name}, which is not a file in {folder}")
         return [folder / name for name in names]
     raise Stop(CHECKPOINT, f"{folder}: no weights; expected model.safetensors or "

@@ -1,6 +1,6 @@
 """muP measured: does the best learning rate of a narrow model hold for a wide one?
 
-    python tests/mup.py            # about 15 minutes on two idle cores; `make mup`
+    python tests/mup.py            # about 20 minutes on two cores; `make mup`
     python tests/mup.py --plot     # only draw assets/mup.json again
 
 Trains CrystalCoder's block at widths 64 to 512 under a range of learning rates, once in muP and

@@ -397,6 +397,9 @@ def test_old_and_new_spelling_of_rope(tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     ({"model_type": "gpt2"}, "gpt2"),
+    ({"model_type": ["llama"]}, "model_type"),
+    ({"hidden_size": "64"}, "wrong type"),
+    ({"rope_scaling": "linear"}, "wrong type"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope scaling"),
     ({"tie_word_embeddings": True}, "the two differ"),
     ({"attention_bias": True}, "attention_bias"),
