@@ -356,9 +356,9 @@ class Transformer(nn.Module):
         cache, start, made = self.new_cache(idx.size(0), dtype), 0, [idx]
         all_pads = None if lengths is None else idx.size(1) - lengths.to(device)  # (B,)
         idx, pads = window(made, T_max, all_pads)
-        head = self.head_weight.to(dtype).t()  # (C, V)
+        head = self.head_weight  # (V, C)
         if device.type == "cpu" and len(idx) == 1 and dtype == torch.float32:
-            head = head.contiguous()  # a copy, V C numbers: one row times it is twice as fast
+            head = head.t().contiguous().t()  # a copy by columns: one row times it is twice as fast
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=device)
         ends = torch.tensor(stop, dtype=torch.int64, device=device)
         for _ in range(max_new_tokens):
@@ -366,7 +366,7 @@ class Transformer(nn.Module):
                 (idx, pads), start = window(made, max(1, T_max // 2), all_pads), 0
             x = self.hidden(idx, cache, start, pads)[:, -1]  # the head is for the last token only
             start += idx.size(1)
-            new = pick(x.to(dtype) @ head, temperature, top_k, top_p, generator)  # (B,)
+            new = pick(F.linear(x, head), temperature, top_k, top_p, generator)  # (B,)
             if stop:
                 new = torch.where(done, made[-1][:, -1], new)
                 done = done | torch.isin(new, ends)
