@@ -245,7 +245,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A LLaMA or a CrystalCoder. Modules spell LLaMA's names: model.layers.0.mlp.up_proj.weight.
+    """A LLaMA or a CrystalCoder. Its names are LLaMA's, such as model.layers.0.mlp.up_proj.weight.
 
     A tied head is no parameter of its own, so there is no tie to break on the way to a device.
     """
@@ -347,8 +347,7 @@ class Transformer(nn.Module):
 
         temperature 0 is greedy; top_k 0, top_p 0 or 1 are off. A sequence that has made one of the
         `stop` ids repeats it, and the stream ends when all have. Prompts of different lengths stand
-        at the right end of idx, see align(). When the context is full, its last half is
-        read again, and on it goes.
+        at the right end of idx, see align(). A full context goes on from its last half, read again.
         """
         device, T_max = idx.device, self.config.seq_len
         cast = torch.is_autocast_enabled(device.type)
@@ -446,7 +445,7 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     if temperature < 1e-5:  # dividing by less would overflow, and says the same
         return logits.argmax(dim=-1)
     V, ids = logits.size(-1), None
-    if 0 < top_k < V or 0 < top_p < 1:  # best first: k numbers are less than V
+    if 0 < top_k < V or 0 < top_p < 1:  # the best first, and softmax of k only
         logits, ids = logits.topk(min(top_k or V, V))
     p = (logits.float() / temperature).softmax(dim=-1)
     if 0 < top_p < 1:  # the smallest set of best tokens that holds top_p of the probability

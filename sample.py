@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
     for n in range(options.num_samples):
         print("-" * 80 + "\n" if n else "", printable(prompt, raw), sep="", end="", flush=True)
         stream = model.stream(torch.tensor([ids], device=device), options.max_new_tokens,
-                              options.temperature, options.top_k, options.top_p or 1.0,
+                              options.temperature, options.top_k, options.top_p,
                               (tokenizer.eos,), generator=generator)
         for text in pieces_of_text(tokenizer, ids, map(int, stream), options.stop):
             print(printable(text, raw), end="", flush=True)

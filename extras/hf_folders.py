@@ -112,8 +112,7 @@ def llama_config(theirs: dict) -> tuple[dict, dict]:
     kind = scaling.get("rope_type", scaling.get("type", rope.get("rope_type")))
     bias = theirs.get("attention_bias", False)
     odd = {"rope scaling": kind not in (None, "default"),
-           "attention_bias without mlp_bias": bias and not theirs.get("mlp_bias", False),
-           "mlp_bias without attention_bias": theirs.get("mlp_bias", False) and not bias,
+           "one of attention_bias and mlp_bias alone": bias != theirs.get("mlp_bias", False),
            f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act", "silu") != "silu",
            "head_dim that is not hidden_size / heads":
                theirs.get("head_dim") not in (None, C // heads)}
