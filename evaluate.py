@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from configs import CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sync
 from extras.hf_folders import checkpoint_hash, read_config
+from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, choose_device
-from prepare import Tokenizer, load_tokenizer, open_rows, read_manifest, valid_name
+from prepare import open_rows, read_manifest, valid_name
 
 SEED = 1234  # of the harness' draws of solved examples
 # Ids (T + 1,) int32 of which the last K are scored, and K. The model reads all but the last id.

@@ -1,9 +1,11 @@
 """Stage 1: text -> tokens -> rows -> chunks, with a manifest and the way back.
 
     python prepare.py configs/demo.py                      # the text that every Python brings along
-    python prepare.py configs/demo.py --input=novels/      # your own .txt .md .py .jsonl
+    python prepare.py configs/demo.py --input=novels/      # your own .txt .md .py .jsonl .parquet
+    python prepare.py configs/amber_7b.py --chunks=0-3     # released rows, fetched chunk by chunk
     python prepare.py configs/demo.py --verify             # check every file against its hash
     python prepare.py configs/demo.py --stats              # what is in a prepared set
+    python prepare.py --hub=LLM360/Amber@ckpt_100 --to=DIR # a published model, fetched once
 
 Documents are tokenized and end in EOS; each source is one long stream of tokens, cut into rows of
 seq_len + 1. Some documents are held out. The rows of every source are dealt round-robin to n_chunks
@@ -16,13 +18,15 @@ the same. Reads the sources of the run file; writes data/<dataset>/, whole or no
     valid_<source>.bin  held-out rows
     provenance/         the way back. <chunk>.npy: (source, epoch, row of its stream) of every row;
                         <source>_epoch_<e>.npy, <source>_held_out.npy (epoch -1): (first token of a
-                        document in the stream, number of its file, line); <source>_files.json
+                        document in the stream, number of its file, line); <source>_files.json.
+                        Row r begins at token r (seq_len + 1), or r seq_len where rows overlap
+
+Until then all is in data/<dataset>.part/, one finished stretch after the other: the same command
+goes on after a kill. Chunks of a release are made one at a time, and may be trained meanwhile.
 """
 
-import base64
-import collections
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -30,41 +34,51 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from copy import copy
+import threading
+import time
+import typing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from configs import (DATA, SECTIONS, USAGE, Config, Source, Stop, key, load,
-                     read_sealed, run, say, sha256_file, sync, write_sealed)
-from extras.sources import (Corpus, blocks, is_held_out, no_documents, open_corpus, pieces,
-                            sample_text)
-from extras.tokenizer_json import JsonTokenizer
+from configs import (DATA, SECTIONS, USAGE, Config, Source, Stop, fill, is_locked, key, load,
+                     locked, read_sealed, run, say, sha256_file, split_words, sync, write_atomic,
+                     write_sealed)
+from extras.fetch import fetch_repo
+from extras.plan import bill
+from extras.sources import Corpus, is_remote, open_corpus
+from extras.tokenizers import choose_tokenizer, load_tokenizer, tokenizer_file
+from extras.tokens import (Stream, Work, jobs_of, n_rows, open_tokens, ordered, read_table,
+                           rows_job, rows_of, segments, tokenize, write_documents)
 
 FORMAT = 1  # of data/<dataset>/: readers refuse another
-BATCH = 1 << 20  # characters sent to a worker at once
 MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the numbers
 HELD_OUT = -1  # the "epoch" of held-out rows in the provenance tables
 FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
-EOT = "<|endoftext|>"  # what tiktoken calls EOS
-KINDS = {".model": "sentencepiece", ".tiktoken": "tiktoken", ".json": JsonTokenizer.kind}
-# How tiktoken cuts text before merging: the pattern of cl100k_base, for ranks that come as a file.
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
-           r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+PATIENCE = 5.0  # seconds between two looks for a chunk that is being made
+SYNC_EVERY = 1 << 30  # bytes dealt to the chunks between two notes of how far it went
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     input: str | None = key("your own text instead of the sources: a file or folder of "
-                            ".txt .md .py .jsonl", None, pattern=".+")
+                            ".jsonl .parquet .txt .md .py and other text", None, pattern=".+")
+    chunks: str | None = key("of a release: which chunks to make, as in 0-3; none: all", None,
+                             pattern="[0-9]+(-[0-9]+)?")
     verify: bool = key("check a prepared set instead of making one", False)
     stats: bool = key("show what is in a prepared set instead of making one", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    hub: str = key("what to fetch: OWNER/NAME[@REVISION], or datasets/OWNER/NAME[@REVISION]")
+    to: str = key("the folder it is fetched to", pattern=".+")
+    files: str = key("which of its files, as in data/*.parquet; empty: those of a model", "")
 
 
 def permutation(n: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
@@ -76,270 +90,74 @@ def permutation(n: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
     return np.argsort(bits.random_raw(n), kind="stable")
 
 
-# ---- tokenizers ----------------------------------------------------------------------------------
-
-class Tokenizer:
-    """Text <-> token ids, by sentencepiece (.model) or tiktoken (.tiktoken, a file of ranks).
-
-    Text is only ever text: "</s>" inside a document becomes ordinary pieces, not the end of it.
-    """
-
-    def __init__(self, kind: str, data: bytes, spec: dict):
-        self.kind, self.data = kind, data
-        self.file = "tokenizer.tiktoken" if kind == "tiktoken" else "tokenizer.model"
-        self.add_bos = False
-        if kind == "tiktoken":
-            import tiktoken
-            pairs = [line.split() for line in data.splitlines() if line]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-            if [*ranks.values()] != [*range(len(pairs))] or not {bytes([b]) for b in range(256)
-                                                                 } <= ranks.keys():
-                raise ValueError("its ranks do not count from 0, or lack some single bytes")
-            self.ranks = ranks  # token -> id, in the order of the ids
-            self.pattern = spec.get("pattern", PATTERN)
-            self.special_tokens = spec.get("special_tokens", {EOT: len(ranks)})
-            self.bos, self.eos = None, self.special_tokens[EOT]
-            self.coder = tiktoken.Encoding("ranks", pat_str=self.pattern, mergeable_ranks=ranks,
-                                           special_tokens=self.special_tokens)
-            self.vocab_size = self.coder.n_vocab
-        else:
-            import sentencepiece
-            self.coder = sentencepiece.SentencePieceProcessor(model_proto=data)
-            # The same model without the blank in front of each text, for the later pieces of a long
-            # one. A second normalizer_spec (field 3) with add_dummy_prefix = 0 (its field 3): a
-            # reader of protocol buffers merges the two, and the last value holds.
-            self.later = sentencepiece.SentencePieceProcessor(
-                model_proto=data + b"\x1a\x02\x18\x00")
-            self.vocab_size = self.coder.vocab_size()
-            self.bos, self.eos = (i if i >= 0 else None
-                                  for i in (self.coder.bos_id(), self.coder.eos_id()))
-            self.special_tokens = {self.coder.id_to_piece(i): i for i in range(self.vocab_size)
-                                   if self.coder.is_control(i)}
-        if self.eos is None:
-            raise ValueError("it has no end-of-text token")
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text of any length, with neither BOS nor EOS."""
-        return [i for n, part in enumerate(blocks([text]))
-                for i in self.encode_piece(part, first=n == 0)]
-
-    def encode_piece(self, text: str, first: bool) -> list[int]:
-        """The ids of a piece of a document, which is its first one or follows another."""
-        if self.kind == "tiktoken":
-            return self.coder.encode_ordinary(text)
-        return (self.coder if first else self.later).encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids; what is no UTF-8 becomes U+FFFD."""
-        return self.coder.decode([int(i) for i in ids])
-
-    def piece_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, (vocab_size,) int64, for bits per byte.
-
-        A leading blank (the mark of sentencepiece) is one byte, a byte piece is one, EOS none.
-        """
-        sizes = np.zeros(self.vocab_size, np.int64)
-        if self.kind == "tiktoken":
-            sizes[:len(self.ranks)] = [len(token) for token in self.ranks]
-            return sizes
-        for i in range(self.vocab_size):
-            if self.coder.is_byte(i):
-                sizes[i] = 1
-            elif not self.coder.is_control(i) and not self.coder.is_unknown(i):
-                sizes[i] = len(self.coder.id_to_piece(i).replace("▁", " ").encode())
-        return sizes
-
-    def spec(self) -> dict:
-        """What the manifest says of it."""
-        spec = {name: getattr(self, name) for name in
-                ("kind", "file", "vocab_size", "bos", "eos", "special_tokens")}
-        spec["sha256"] = hashlib.sha256(self.data).hexdigest()
-        return spec | ({"pattern": self.pattern} if self.kind == "tiktoken" else {})
-
-    def name_of(self, special: int | None) -> str | None:
-        """The text of a special token's id."""
-        return next((text for text, i in self.special_tokens.items() if i == special), None)
-
-
-@functools.lru_cache(maxsize=4)
-def build_tokenizer(kind: str, data: bytes, spec: str) -> Tokenizer | JsonTokenizer:
-    return (JsonTokenizer(data, json.loads(spec)) if kind == JsonTokenizer.kind
-            else Tokenizer(kind, data, json.loads(spec)))
-
-
-def read_tokenizer(file: str, spec: str) -> Tokenizer | JsonTokenizer:
-    """The tokenizer of a file; `spec` is json of what the file cannot say. Raises Stop(DATA)."""
-    try:
-        return build_tokenizer(KINDS[Path(file).suffix], Path(file).read_bytes(), spec)
-    except (ValueError, RuntimeError, KeyError) as error:  # base64, int(), sentencepiece
-        raise Stop(DATA, f"tokenizer {file} is truncated or of another kind: {error}") from error
-
-
-def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer | JsonTokenizer:
-    """The tokenizer of a file, or of a data set's or checkpoint's folder. Raises Stop(DATA).
-
-    In a folder, tokenizer_config.json says whether BOS is put in front, as in Hugging Face's.
-    """
-    file, config, spec = Path(path), {}, {}
-    if file.is_dir():
-        if (file / "tokenizer_config.json").is_file():
-            try:
-                config = json.loads((file / "tokenizer_config.json").read_text(encoding="utf-8"))
-                spec = config.get("nano360", {}) | config
-            except (ValueError, AttributeError, TypeError) as error:
-                raise Stop(DATA, f"{file}/tokenizer_config.json is broken: {error}") from error
-        elif (file / "manifest.json").is_file():
-            spec = json.loads((file / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
-        names = [n for n in map("tokenizer{}".format, KINDS) if (file / n).is_file()]
-        if not names:
-            raise Stop(DATA, f"{path} has no tokenizer{', '.join(KINDS)}: give --tokenizer=FILE")
-        file = file / names[0]
-    if not file.is_file() or file.suffix not in KINDS:
-        what = f"is none of {', '.join(KINDS)}" if file.is_file() else "not found"
-        expected = f" with sha256 {sha256}" if sha256 else ""
-        raise Stop(DATA, f"tokenizer {path} {what}; expected a sentencepiece model, tiktoken "
-                   f"ranks or a tokenizer.json{expected}; a published checkpoint of the family has "
-                   "it as tokenizer.model or tokenizer.json: give --tokenizer=FILE")
-    if sha256 and sha256_file(file) != sha256:
-        raise Stop(DATA, f"tokenizer {file} is another than was named: its sha256 is "
-                   f"{sha256_file(file)}, expected {sha256}")
-    tokenizer = copy(read_tokenizer(str(file), json.dumps(spec)))
-    if file.suffix != ".json":  # which says itself whether, unless the spec does
-        llama = str(config.get("tokenizer_class", "")).startswith("LlamaTokenizer")
-        tokenizer.add_bos = tokenizer.bos is not None and bool(config.get("add_bos_token", llama))
-    return tokenizer
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
-    """A sentencepiece BPE model as LLaMA's: byte fallback, no normalization, digits apart.
-
-    Trained on lines, as LLaMA's was, so that a line break stays a byte of its own. The blank that
-    sentencepiece puts in front of a line takes the place of the line's first one.
-    """
-    import sentencepiece
-    lines = (line[1:] if line.startswith(" ") else line for t in texts for line in t.split("\n"))
-    out = BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in lines if line), model_writer=out, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, character_coverage=0.9995,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 20,
-            num_threads=4, minloglevel=2)
-    except RuntimeError as error:
-        reason = str(error).split("] ")[-1].strip()
-        raise Stop(DATA, f"no tokenizer of {vocab_size} pieces can be made of this text: {reason}; "
-                   "give a smaller --vocab_size or more text") from error
-    return out.getvalue()
-
-
-# ---- documents -> rows -> chunks -----------------------------------------------------------------
-
-def batches(found: Iterator[tuple]) -> Iterator[list[tuple]]:
-    """Pieces of documents in batches that are worth sending to a worker."""
-    batch, size = [], 0
-    for piece in found:
-        batch.append(piece)
-        size += len(piece[2])
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_batch(file: str, spec: str, dtype: str,
-                 batch: list[tuple]) -> tuple[bytes, list[int]]:
-    """What a worker does: the token ids of a batch as bytes, and how many ids each piece gave."""
-    coder, ids, counts = read_tokenizer(file, spec), [], []
-    for _, _, text, first, last in batch:
-        ids += (new := coder.encode_piece(text, first) + [coder.eos] * last)
-        counts.append(len(new))
-    return np.array(ids, dtype).tobytes(), counts  # an id too large for dtype raises
-
-
-def ordered(pool: ProcessPoolExecutor, work: Callable, jobs: Iterator, ahead: int) -> Iterator:
-    """(job, work(job)) in the order of the jobs, at most `ahead` of them under way."""
-    waiting: collections.deque = collections.deque()
-    for job in itertools.chain(jobs, [None] * ahead):
-        if job is not None:
-            waiting.append((job, pool.submit(work, job)))
-        if waiting and (len(waiting) > ahead or job is None):
-            done, future = waiting.popleft()
-            yield done, future.result()
-
-
-def tokenize(corpus: Corpus, config: Config, tokenizer: Tokenizer, dtype: str, stream: Path,
-             pool: ProcessPoolExecutor, workers: int) -> np.ndarray:
-    """Write a source's tokens to the file `stream`; return the table of its documents.
-
-    The table is (documents, 3) int64: first token in the stream, number of the file, line.
-    """
-    file, spec = stream.parent / tokenizer.file, tokenizer.spec()
-    work = functools.partial(encode_batch, str(file), json.dumps(spec), dtype)
-    table, at = [], 0
-    with open(stream, "wb") as out, tqdm(desc=f"tokenize {corpus.source.name}", unit="B",
-                                         unit_scale=True, disable=None) as bar:
-        jobs = batches(pieces(corpus, config.data, list(tokenizer.special_tokens)))
-        for batch, (ids, counts) in ordered(pool, work, jobs, 2 * workers):
-            out.write(ids)
-            for (number, line, text, first, _), count in zip(batch, counts, strict=True):
-                if first:
-                    table.append((at, number, line))
-                at += count
-                bar.update(len(text))
-    if not table:
-        raise no_documents(corpus)
-    return np.array(table, np.int64)
-
-
-def open_tokens(path: Path, dtype: str) -> np.ndarray:
-    """The tokens of a stream's file, (tokens,); mapped, not read."""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-
+# ---- rows -> chunks ------------------------------------------------------------------------------
 
 @dataclass
 class Part:
-    """A stream of tokens, its documents, and those of its rows that are used."""
-    tokens: np.ndarray  # (tokens,)
-    docs: np.ndarray  # (documents, 3): first token, number of the file, line
-    rows: np.ndarray  # (rows,) int64
+    """A source's streams, one for all epochs or, rewritten to be filled in the middle, one each."""
+    corpus: Corpus
+    streams: list[Stream]
+    held_rows: np.ndarray | None  # where a source has too few documents to hold out whole ones
+
+    def stream(self, epoch: int) -> Stream:
+        return self.streams[epoch if self.corpus.source.fim_rate else 0]
+
+    def side(self, held: bool) -> bool | None:  # whose documents the rows are cut from: none, all
+        return held if self.held_rows is None else None
+
+    def rows(self, epoch: int, work: Work) -> int:
+        """Training rows of an epoch."""
+        counts = self.stream(epoch).counts
+        if self.held_rows is None:
+            return n_rows(counts["tokens"] - counts["held_tokens"], work)
+        return n_rows(counts["tokens"], work) - len(self.held_rows)
+
+    def training(self, used: int, start: int, work: Work) -> Iterator[tuple[int, np.ndarray]]:
+        """(i, rows) of training rows start to `used`, counted over all epochs; i is the first's."""
+        i = 0
+        for epoch in itertools.count():
+            n, at = self.rows(epoch, work), i
+            if i >= used:
+                return
+            if start < i + n:
+                if start > i and self.held_rows is None:  # numbers are those of the stream
+                    at = start
+                for _, rows in self.blocks(epoch, False, work, at - i):
+                    ahead = max(0, start - at)
+                    if len(mine := rows[ahead:used - at]):
+                        yield at + ahead, mine
+                    at += len(rows)
+            i += n
+
+    def blocks(self, epoch: int, held: bool, work: Work, first: int = 0
+               ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers in the stream, rows) of the training or the held-out rows, in blocks."""
+        for at, rows in rows_of(segments(self.stream(epoch), self.side(held)), work, first):
+            numbers = np.arange(at, at + len(rows))
+            mine = np.full(len(rows), True) if self.held_rows is None else (
+                np.isin(numbers, self.held_rows) == held)
+            yield numbers[mine], rows[mine]
 
 
-def hold_out(corpus: Corpus, index: int, config: Config, stream: Path, dtype: str,
-             docs: np.ndarray) -> tuple[Part, Part]:
-    """Part a source's stream into training and held-out rows.
+def hold_out(corpus: Corpus, index: int, work: Work) -> Part:
+    """Tokenize a source, and say which of its rows are held out.
 
-    Whole documents where there are 100 or more; else single rows of the one stream.
+    Whole documents by hash where there are 100 or more; else single rows of the one stream.
     """
-    data, T1, name = config.data, config.model.seq_len + 1, corpus.source.name
-    tokens = open_tokens(stream, dtype)
-    if len(docs) < 100:
-        n = len(tokens) // T1
-        n_valid = min(data.valid_rows, int(np.ceil(n * data.valid_share)), n - 1)
-        shuffled = permutation(n, data.seed, HELD_ORDER, index)
-        return (Part(tokens, docs, np.sort(shuffled[max(0, n_valid):])),
-                Part(tokens, docs, np.sort(shuffled[:max(0, n_valid)])))
-    held = np.array([is_held_out(data, name, corpus.files[number][0], line)
-                     for _, number, line in docs])
-    ends, parts = np.append(docs[1:, 0], len(tokens)), []
-    for side, chosen in (("train", ~held), ("valid", held)):
-        table, path, at = docs[chosen], stream.with_suffix(f".{side}.stream"), 0
-        with open(path, "wb") as out:
-            for i, (start, end) in enumerate(zip(docs[chosen, 0], ends[chosen], strict=True)):
-                out.write(tokens[start:end].tobytes())
-                table[i, 0], at = at, at + end - start
-        parts.append(Part(open_tokens(path, dtype), table, np.arange(at // T1)))
-    parts[1].rows = parts[1].rows[:data.valid_rows]
-    return parts[0], parts[1]
+    data, stream = work.config.data, tokenize(corpus, 0, work)
+    if stream.counts["documents"] >= 100 or corpus.source.fim_rate:
+        return Part(corpus, [stream], None)
+    n = n_rows(stream.counts["tokens"], work)
+    n_valid = max(0, min(data.valid_rows, int(np.ceil(n * data.valid_share)), n - 1))
+    return Part(corpus, [stream], np.sort(permutation(n, data.seed, HELD_ORDER, index)[:n_valid]))
 
 
 def shares(config: Config, available: list[int]) -> list[int]:
     """Rows per chunk of every source: by weight if the chunk's size is given, else one pass."""
     data = config.data
     if data.rows_per_chunk is None:
-        return [n // data.n_chunks for n in available]
+        return [n * (source.epochs or 1) // data.n_chunks
+                for n, source in zip(available, data.sources, strict=True)]
     weights = np.array([source.weight for source in data.sources])
     exact = data.rows_per_chunk * weights / weights.sum()
     rows = np.floor(exact).astype(int)  # the largest remainders get the rows that are left
@@ -347,57 +165,97 @@ def shares(config: Config, available: list[int]) -> list[int]:
     return rows.tolist()
 
 
-def write_rows(path: Path, picks: list[tuple[Part, np.ndarray]], T1: int, dtype: str) -> None:
-    """Write rows of T1 tokens, those of one part after those of the other."""
-    with open(path, "wb") as out:
-        for part, rows in picks:
-            grid = part.tokens[:len(part.tokens) // T1 * T1].reshape(-1, T1)
-            for at in range(0, len(rows), 4096):  # in bounded memory
-                out.write(np.ascontiguousarray(grid[rows[at:at + 4096]], dtype).tobytes())
-
-
-def deal(config: Config, folder: Path, parts: list[tuple[Part, Part]], dtype: str) -> list[dict]:
-    """Write the chunks, the held-out rows and their provenance -> per source, what became of it.
-
-    Training row i of a source is row i % n of its stream in epoch i // n, and goes to chunk i % N.
-    """
-    data, T1 = config.data, config.model.seq_len + 1
-    per_chunk = shares(config, [len(train.rows) for train, _ in parts])
-    for source, (train, _), n in zip(data.sources, parts, per_chunk, strict=True):
-        if not n and len(train.rows) >= data.n_chunks:
+def check_shares(parts: list[Part], per_chunk: list[int], work: Work) -> None:
+    """Refuse a mix that a source is too small for. Raises Stop(DATA)."""
+    data = work.config.data
+    for part, n in zip(parts, per_chunk, strict=True):
+        source, rows = part.corpus.source, part.rows(0, work)
+        if not n and rows >= data.n_chunks:
             raise Stop(DATA, f"source {source.name} gets 0 of {data.rows_per_chunk} rows a chunk "
                        f"by its weight {source.weight:g}; give it more, or raise --rows_per_chunk")
-        if not n or not len(train.rows):
-            raise Stop(DATA, f"source {source.name} has {len(train.tokens)} tokens, "
-                       f"{len(train.rows)} rows of {T1}: too few for {data.n_chunks} chunks; give "
-                       "more text, or a smaller --n_chunks or --seq_len")
-        if (epochs := n * data.n_chunks / len(train.rows)) > MAX_EPOCHS:
-            raise Stop(DATA, f"source {source.name} has {len(train.rows)} rows and would be "
-                       f"repeated {epochs:,.0f} times, the limit is {MAX_EPOCHS}; give more text "
-                       "or a smaller --rows_per_chunk")
-    way = folder / "provenance"
-    for k in tqdm(range(data.n_chunks), desc="chunks", disable=None):
-        picks, origin = [], []
-        for s, ((train, _), n) in enumerate(zip(parts, per_chunk, strict=True)):
-            i = np.arange(n) * data.n_chunks + k
-            rows = train.rows[i % len(train.rows)]
-            picks.append((train, rows))
-            origin.append(np.stack([np.full(n, s), i // len(train.rows), rows], axis=1))
-        write_rows(folder / chunk_name(k), picks, T1, dtype)
-        np.save(way / f"{chunk_name(k)}.npy", np.concatenate(origin))
-    facts = []
-    for s, (source, (train, valid)) in enumerate(zip(data.sources, parts, strict=True)):
-        write_rows(folder / valid_name(source.name), [(valid, valid.rows)], T1, dtype)
-        origin = [np.full(len(valid.rows), s), np.full(len(valid.rows), HELD_OUT), valid.rows]
-        np.save(way / f"{valid_name(source.name)}.npy", np.stack(origin, axis=1))
-        used, n_rows = per_chunk[s] * data.n_chunks, len(train.rows)
-        for epoch in range(-(-used // n_rows)):
-            np.save(way / f"{source.name}_epoch_{epoch}.npy", train.docs)
-        np.save(way / f"{source.name}_held_out.npy", valid.docs)
-        facts.append(dict(tokens=len(train.tokens), rows=n_rows, rows_per_chunk=per_chunk[s],
-                          epochs=round(used / n_rows, 4), valid_rows=len(valid.rows),
-                          rows_left_out=max(0, n_rows - used)))
-    return facts
+        if not n or not rows:
+            raise Stop(DATA, f"source {source.name} has {part.stream(0).counts['tokens']} tokens, "
+                       f"{rows} rows of {work.row}: too few for {data.n_chunks} chunks; give more "
+                       "text, or a smaller --n_chunks or --seq_len")
+        if (epochs := n * data.n_chunks / rows) > (limit := source.epochs or MAX_EPOCHS):
+            raise Stop(DATA, f"source {source.name} has {rows} rows and would be repeated "
+                       f"{epochs:,.2f} times, the limit is {limit}; give more text, its epochs, a "
+                       "smaller weight or a smaller --rows_per_chunk")
+
+
+def deal(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None:
+    """Write the chunks: training row i of a source goes to chunk i % N, there i // N of its rows.
+
+    How far it went is noted from time to time; what is written after that is written again.
+    """
+    N, width, note = work.config.data.n_chunks, work.row * np.dtype(work.dtype).itemsize, (
+        work.folder / "work" / "dealt.json")
+    mine = [out.name, per_chunk]
+    done = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    start_s, start_i = done["at"] if done.get("of") == mine else (0, 0)
+    for k in range(N):
+        (out / chunk_name(k)).touch()
+    bar, unsynced = tqdm(desc="deal", total=sum(per_chunk) * N * width, unit="B", unit_scale=True,
+                         disable=None), 0
+    for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
+        for i, rows in part.training(n * N, start_i if s == start_s else 0, work):
+            if s < start_s:
+                break
+            for k in range(N):
+                first = (k - i) % N
+                if first < len(rows):
+                    with open(out / chunk_name(k), "r+b") as file:
+                        file.seek((sum(per_chunk[:s]) + (i + first) // N) * width)
+                        file.write(np.ascontiguousarray(rows[first::N], work.dtype))
+            bar.update(len(rows) * width)
+            unsynced += len(rows) * width
+            if unsynced >= SYNC_EVERY:
+                [sync(out / chunk_name(k)) for k in range(N)]
+                write_atomic(note, json.dumps(dict(of=mine, at=[s, i + len(rows)])))
+                unsynced = 0
+    bar.close()
+
+
+def write_held_out(s: int, part: Part, work: Work, out: Path) -> int:
+    """Write a source's held-out rows and where they come from; how many there are."""
+    name, limit, found, numbers = part.corpus.source.name, work.config.data.valid_rows, [], []
+    for at, rows in part.blocks(0, True, work):
+        room = limit - sum(map(len, found))
+        found, numbers = found + [rows[:room].copy()], numbers + at[:room].tolist()
+        if room <= len(rows) and part.held_rows is None:
+            break
+    rows = np.concatenate(found) if found else np.zeros((0, work.row))
+    (out / valid_name(name)).write_bytes(np.ascontiguousarray(rows, work.dtype).tobytes())
+    origin = [np.full(len(rows), s), np.full(len(rows), HELD_OUT), np.array(numbers, np.int64)]
+    np.save(out / "provenance" / f"{valid_name(name)}.npy", np.stack(origin, axis=1))
+    write_documents(out / "provenance" / f"{name}_held_out.npy", part.stream(0), part.side(True))
+    return len(rows)
+
+
+def write_origins(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None:
+    """Write where every training row comes from: its source, epoch and row of the stream."""
+    way, N, starts = out / "provenance", work.config.data.n_chunks, []
+    for part, n in zip(parts, per_chunk, strict=True):
+        edges = [0]
+        while edges[-1] < n * N:
+            epoch = len(edges) - 1
+            edges.append(edges[-1] + part.rows(epoch, work))
+            write_documents(way / f"{part.corpus.source.name}_epoch_{epoch}.npy",
+                            part.stream(epoch), part.side(False))
+        starts.append(np.array(edges))
+        (way / f"{part.corpus.source.name}_files.json").write_text(
+            json.dumps([file.name for file in part.corpus.files]), encoding="utf-8")
+    for k in range(N):
+        found = []
+        for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
+            i = np.arange(n) * N + k
+            epoch = np.searchsorted(starts[s], i, side="right") - 1
+            rows = i - starts[s][epoch]
+            if part.held_rows is not None:
+                rows = np.setdiff1d(np.arange(part.rows(0, work) + len(part.held_rows)),
+                                    part.held_rows)[rows]
+            found.append(np.stack([np.full(n, s), epoch, rows], axis=1))
+        np.save(way / f"{chunk_name(k)}.npy", np.concatenate(found))
 
 
 # ---- the data set as its readers see it ----------------------------------------------------------
@@ -421,13 +279,23 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def awaited(folder: Path, manifest: dict, name: str) -> dict | None:
+    """What the manifest says of a file once it is there, while prepare.py is still at work."""
+    began = time.monotonic()
+    while name not in (now := read_manifest(folder))["files"] and is_locked(folder):
+        if time.monotonic() - began < PATIENCE:
+            say(f"waiting for {folder / name}, which prepare.py is making")
+        time.sleep(PATIENCE)
+    return now["files"].get(name) if now["data_hash"] == manifest["data_hash"] else None
+
+
 def open_rows(folder: Path, manifest: dict, name: str) -> np.ndarray:
     """The rows of a chunk, (rows, seq_len + 1), mapped from the file after it was checked.
 
     Checked are size, sha256, and that every id is one of the tokenizer's: a wrong id would
     otherwise end in the embedding, far from its cause. Raises Stop(DATA).
     """
-    path, entry = folder / name, manifest["files"].get(name)
+    path, entry = folder / name, manifest["files"].get(name) or awaited(folder, manifest, name)
     if entry is None or not path.is_file():
         raise Stop(DATA, f"{path} is missing; make it: python prepare.py CONFIG "
                    f"--dataset={folder.name}")
@@ -467,94 +335,252 @@ def show(folder: Path, manifest: dict) -> None:
 
 def verify(folder: Path, manifest: dict) -> None:
     """Compare every file with its hash and size. Raises Stop(DATA) at the first that differs."""
-    for name in tqdm(manifest["files"], desc="verify", disable=None):
+    gone = [name for name in manifest["files"] if manifest["recipe"]["sources"][0]["rows"]
+            and name.startswith("train_") and not (folder / name).exists()]  # made, and let go
+    for name in tqdm(manifest["files"].keys() - gone, desc="verify", disable=None):
         if name.endswith(".bin"):
             open_rows(folder, manifest, name)
         elif not (folder / name).is_file() or (
                 sha256_file(folder / name) != manifest["files"][name]["sha256"]):
             raise Stop(DATA, f"{folder / name} is missing or was changed; prepare it again")
-    print(f"{folder}: all {len(manifest['files'])} files are as the manifest says")
+    print(f"{folder}: all {len(manifest['files']) - len(gone)} files are as the manifest says"
+          + f"; {len(gone)} chunks were let go: {', '.join(gone)}" * bool(gone))
 
 
 # ---- making one ----------------------------------------------------------------------------------
-
-def choose_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
-    """The tokenizer the run file asks for: trained here, tiktoken's by name, or a file."""
-    data, name = config.data, config.data.tokenizer
-    if name == "bpe":
-        say(f"training a tokenizer of {config.model.vocab_size} pieces")
-        texts = (t for corpus in corpora for t in sample_text(corpus, data))
-        return Tokenizer("sentencepiece", train_tokenizer(texts, config.model.vocab_size), {})
-    if name.startswith("tiktoken:"):
-        import tiktoken
-        try:
-            coder = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise Stop(DATA, f"--tokenizer={name}: {reason}; give a .tiktoken file") from error
-        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank
-                         for token, rank in coder._mergeable_ranks.items())
-        spec = dict(pattern=coder._pat_str, special_tokens=coder._special_tokens)
-        return Tokenizer("tiktoken", ranks, spec)
-    return load_tokenizer(name, data.tokenizer_sha256)
-
 
 def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
     """All that the bytes of a data set follow from; its hash is the data hash."""
     data, name = config.data, config.data.tokenizer
     known = name == "bpe" or name.startswith("tiktoken:")
-    sources = [dict(name=c.source.name, weight=c.source.weight, revision=c.revision,
-                    origin=c.source.path if c.kind != "text" else Path(c.source.path).name)
-               for c in corpora]
+    sources = []
+    for c in corpora:
+        facts = dataclasses.asdict(c.source)
+        there = is_remote(c.source) or c.kind != "text"
+        path = facts.pop("path")
+        sources.append(facts | dict(origin=path if there else Path(path).name, revision=c.revision))
     keys = ("n_chunks", "rows_per_chunk", "valid_share", "valid_rows", "seed", "text_key",
-            "encoding")
+            "encoding", "special_tokens", "bos", "overlap")
     return dict(format=FORMAT, sources=sources, seq_len=config.model.seq_len,
                 vocab_size=config.model.vocab_size,
                 tokenizer=name if known else load_tokenizer(
-                    name, data.tokenizer_sha256).spec()["sha256"],
+                    tokenizer_file(data), data.tokenizer_sha256).spec()["sha256"],
                 **{k: getattr(data, k) for k in keys})
 
 
-def make(config: Config, corpora: list[Corpus], recipe: dict, folder: Path) -> dict:
-    """Fill an empty folder with the data set; return its manifest."""
-    data, tokenizer = config.data, choose_tokenizer(config, corpora)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise Stop(DATA, f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, vocab_size "
-                   f"is {config.model.vocab_size}: give --vocab_size={tokenizer.vocab_size}")
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    (folder / tokenizer.file).write_bytes(tokenizer.data)
-    (folder / "provenance").mkdir()
-    workers, parts, sources = data.workers or os.cpu_count() or 1, [], []
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for index, corpus in enumerate(corpora):
-            name = corpus.source.name
-            stream = folder / f"{index}.stream"
-            docs = tokenize(corpus, config, tokenizer, dtype, stream, pool, workers)
-            parts.append(hold_out(corpus, index, config, stream, dtype, docs))
-            (folder / "provenance" / f"{name}_files.json").write_text(
-                json.dumps([file for file, _ in corpus.files]), encoding="utf-8")
-            sources.append(recipe["sources"][index] | dict(
-                licence=corpus.source.licence, documents=len(docs),
-                bytes=corpus.notes.pop("bytes"), notes=dict(corpus.notes), fim_rate=0.0,
-                all_tokens=len(open_tokens(stream, dtype))))
-    sources = [one | fact for one, fact in
-               zip(sources, deal(config, folder, parts, dtype), strict=True)]
-    for stream in folder.glob("*.stream"):
-        stream.unlink()
-    row_bytes = (config.model.seq_len + 1) * np.dtype(dtype).itemsize
-    files = {path.relative_to(folder).as_posix(): dict(sha256=sha256_file(path)) | (
-        dict(rows=path.stat().st_size // row_bytes) if path.suffix == ".bin" else {})
-        for path in sorted(folder.rglob("*")) if path.is_file()}
-    # Another release of sentencepiece may train another tokenizer from the same recipe.
-    whole = json.dumps(recipe | {"sha256": tokenizer.spec()["sha256"]}, sort_keys=True)
+def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dict]) -> dict:
+    """The manifest of a set, without its files."""
+    # Another release of sentencepiece may train another tokenizer from the same recipe. A licence
+    # is no part of what the bytes follow from.
+    follows = recipe | {"sha256": work.tokenizer.spec()["sha256"], "sources": [
+        {k: v for k, v in one.items() if k != "licence"} for one in recipe["sources"]]}
     return dict(
-        format=FORMAT, data_hash=hashlib.sha256(whole.encode()).hexdigest(), recipe=recipe,
-        tokenizer=tokenizer.spec(), seq_len=config.model.seq_len, dtype=dtype, seed=data.seed,
-        n_chunks=data.n_chunks, rows_per_chunk=sum(one["rows_per_chunk"] for one in sources),
-        sources=sources, files=files)
+        format=FORMAT, recipe=recipe,
+        data_hash=hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest(),
+        tokenizer=work.tokenizer.spec(), seq_len=work.row - 1, dtype=work.dtype,
+        seed=work.config.data.seed, n_chunks=work.config.data.n_chunks,
+        rows_per_chunk=rows_per_chunk, sources=sources, files={})
+
+
+def file_facts(folder: Path, names: list[str], work: Work) -> dict[str, dict]:
+    """For the manifest: sha256 and, of those with rows, how many, of the files of a set."""
+    width = work.row * np.dtype(work.dtype).itemsize
+    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
+        hashes = pool.map(lambda name: sha256_file(folder / name), names)
+        return {name: dict(sha256=sha256) | (
+            dict(rows=(folder / name).stat().st_size // width) if name.endswith(".bin") else {})
+            for name, sha256 in zip(names, hashes, strict=True)}
+
+
+def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
+    """Fill a folder with the data set; return its manifest."""
+    config, data = work.config, work.config.data
+    parts = [hold_out(corpus, index, work) for index, corpus in enumerate(corpora)]
+    per_chunk = shares(config, [part.rows(0, work) for part in parts])
+    check_shares(parts, per_chunk, work)
+    for part, n in zip(parts, per_chunk, strict=True):  # FIM is drawn anew in each epoch
+        while part.corpus.source.fim_rate and n * data.n_chunks > sum(
+                part.rows(epoch, work) for epoch in range(len(part.streams))):
+            part.streams.append(tokenize(part.corpus, len(part.streams), work))
+    deal(parts, per_chunk, work, out)
+    write_origins(parts, per_chunk, work, out)
+    sources = []
+    for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
+        counts, rows, by_row = part.stream(0).counts, part.rows(0, work), part.held_rows is not None
+        used = n * data.n_chunks
+        sources.append(recipe["sources"][s] | dict(
+            documents=counts["documents"], bytes=counts["bytes"], notes=dict(part.corpus.notes),
+            all_tokens=counts["tokens"], rows=rows, rows_per_chunk=n,
+            tokens=counts["tokens"] - (0 if by_row else counts["held_tokens"]),
+            epochs=round(used / rows, 4), valid_rows=write_held_out(s, part, work, out),
+            rows_left_out=max(0, rows - used)))
+    manifest = manifest_of(recipe, work, sum(per_chunk), sources)
+    names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()
+                   and not p.name.startswith("manifest.json"))
+    return manifest | dict(files=file_facts(out, names, work))
+
+
+def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) -> None:
+    """Turn file k of a release into chunk k, and add it to the manifest.
+
+    Amber published no held-out rows: of every source valid_rows are taken out of the first chunk,
+    by seed. All chunks are made of one size, and what is more is left out, as Amber's trainer did.
+    """
+    data, names, origin, stretches = work.config.data, [
+        one["name"] for one in manifest["sources"]], [], []
+    jobs = jobs_of(corpus, [k], 0, work)
+    for job, found in ordered(work.pool, rows_job, jobs, 2 * work.workers):
+        names += [name for name in found["labels"] if name not in names]
+        table, index = read_table(job.out), [names.index(name) for name in found["labels"]]
+        index = np.array(index, int)[table[:, 1]]
+        origin.append(np.stack([index, 0 * index, table[:, 2]], axis=1))
+        stretches.append(open_tokens(f"{job.out}.tokens", work.dtype).reshape(-1, work.row))
+        corpus.notes.update(found["notes"])
+    origin = np.concatenate(origin)  # (n, 3): source, epoch 0, line
+    order = permutation(len(origin), data.seed, HELD_ORDER, k)
+    held, used = np.zeros((2, len(origin)), bool)
+    for s in range(len(names) if k == 0 else 0):
+        held[order[origin[order, 0] == s][:data.valid_rows]] = True
+    free = order[~held[order]]
+    size = manifest["rows_per_chunk"] or data.rows_per_chunk or len(free)
+    if len(free) < size:
+        raise Stop(DATA, f"{corpus.files[k].path} has {len(origin)} rows, {held.sum()} held out: "
+                   f"fewer than {size} to train; give a smaller --rows_per_chunk")
+    used[free[len(free) - size:]] = True
+    files = [(chunk_name(k), used)] + [(valid_name(name), held & (origin[:, 0] == s))
+                                       for s, name in enumerate(names) if k == 0]
+    edges = np.cumsum([0] + [len(rows) for rows in stretches])
+    for name, mine in files:
+        with open(out / f"{name}.part", "wb") as file:
+            for rows, start, end in zip(stretches, edges[:-1], edges[1:], strict=True):
+                file.write(rows[mine[start:end]].tobytes())
+        np.save(out / "provenance" / f"{name}.npy",
+                origin[mine] * [1, 1 if name == chunk_name(k) else 0, 1] + [
+                    0, 0 if name == chunk_name(k) else HELD_OUT, 0])
+        sync(out / f"{name}.part")
+        (out / f"{name}.part").rename(out / name)
+    manifest["rows_per_chunk"] = size
+    for s, name in enumerate(names):
+        n = int((used & (origin[:, 0] == s)).sum())
+        if s == len(manifest["sources"]):
+            manifest["sources"].append(manifest["recipe"]["sources"][0] | dict(
+                name=name, documents=0, bytes=0, notes={}, all_tokens=0, rows=0, rows_per_chunk=n,
+                tokens=0, epochs=1, valid_rows=int((held & (origin[:, 0] == s)).sum()),
+                rows_left_out=0))
+        one, all_rows = manifest["sources"][s], int((origin[:, 0] == s).sum())
+        one.update(rows=one["rows"] + n, tokens=one["tokens"] + n * work.row,
+                   all_tokens=one["all_tokens"] + all_rows * work.row, notes=dict(corpus.notes),
+                   rows_left_out=one["rows_left_out"] + all_rows - n)
+    names = [name for name, _ in files]
+    facts = file_facts(out, names + [f"provenance/{name}.npy" for name in names], work)
+    for name in facts.keys() & manifest["files"].keys():
+        if manifest["files"][name] != facts[name]:
+            raise Stop(DATA, f"{out / name} is not what it was when it was made before")
+    manifest["files"] |= facts
+
+
+def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, chosen: str | None
+            ) -> None:
+    """Make the chunks of a release one after the other; each may be trained when it is made."""
+    first, _, last = (chosen or f"0-{recipe['n_chunks'] - 1}").partition("-")
+    asked = range(int(first), int(last or first) + 1)
+    n = min(recipe["n_chunks"], len(corpus.files))
+    if not asked or asked[-1] >= n or recipe["n_chunks"] > n:
+        raise Stop(USAGE, f"n_chunks = {recipe['n_chunks']}, the release has {len(corpus.files)} "
+                   f"files: give a smaller --n_chunks, or --chunks within 0-{n - 1}")
+    for k in sorted({0, *asked}):  # the first chunk is where rows are held out of
+        where = folder if folder.exists() else out
+        manifest = read_manifest(folder) if folder.exists() else manifest_of(recipe, work, 0, [])
+        if chunk_name(k) in manifest["files"] and (
+                (where / chunk_name(k)).is_file() or chosen is None or k not in asked):
+            continue
+        make_chunk(corpus, k, manifest, work, where)
+        if not folder.exists():
+            names = [p.relative_to(out).as_posix() for p in out.rglob("*.*") if p.is_file()]
+            manifest["files"] |= file_facts(out, sorted(names), work)
+        write_sealed(where / "manifest.json", manifest)
+        if not folder.exists():
+            publish(out, folder)
+        for path in (work.folder / "work").glob("*.*"):
+            path.unlink()
+        if is_remote(corpus.source) and not work.config.data.keep_downloads:
+            corpus.files[k].path.unlink(missing_ok=True)
+        say(f"{folder / chunk_name(k)} is there: {manifest['rows_per_chunk']:,} rows")
+
+
+def publish(out: Path, folder: Path) -> None:
+    """Give a finished set its name."""
+    for path in out.rglob("*"):
+        sync(path)
+    out.rename(folder)
+    sync(folder.parent)
+
+
+def leave_with_parent() -> None:
+    """End this worker when the process that it works for was killed."""
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
+    """Make a data set, or what it still lacks."""
+    part, data, made = Path(f"{folder}.part"), config.data, folder.exists()
+    work_folder = part / "work"
+    listings = folder / "provenance" if made else work_folder
+    corpora = [open_corpus(source, data, listings / f"{source.name}_listing.json", made)
+               for source in data.sources]
+    for index, corpus in enumerate(corpora):
+        if not corpus.source.rows:
+            order = permutation(len(corpus.files), data.seed, FILE_ORDER, index)
+            corpus.files = [corpus.files[i] for i in order]
+    recipe = recipe_of(config, corpora)
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    if made:
+        manifest = read_manifest(folder)
+        differs = [k for k in recipe if manifest["recipe"].get(k) != recipe[k]]
+        if differs:
+            raise Stop(DATA, f"{folder} holds another data set (other {', '.join(differs)}); "
+                       "nothing was changed: give --dataset=NAME, here and to train.py, or remove "
+                       f"{folder}")
+        if not corpora[0].source.rows:
+            shutil.rmtree(part, ignore_errors=True)
+            say(f"{folder} is prepared already")
+            return
+    work_folder.mkdir(parents=True, exist_ok=True)
+    bill(config, corpora, part)
+    try:
+        tokenizer = choose_tokenizer(config, corpora, work_folder / f"{digest}.tokenizer")
+        out, workers = part / digest, data.workers or os.cpu_count() or 1
+        (out / "provenance").mkdir(parents=True, exist_ok=True)
+        (out / tokenizer.file).write_bytes(tokenizer.data)
+        for path in work_folder.glob("*_listing.json"):
+            shutil.copy(path, out / "provenance")
+        with (ProcessPoolExecutor(workers, get_context("spawn"), leave_with_parent)
+              if workers > 1 else contextlib.nullcontext()) as pool:
+            work = Work(config, part, tokenizer, out / tokenizer.file, "uint16" if
+                        tokenizer.vocab_size <= 2**16 else "uint32", pool, workers)
+            if corpora[0].source.rows:
+                release(corpora[0], recipe, work, out, folder, options.chunks)
+            else:
+                if not (out / "manifest.json.sha256").is_file():
+                    write_sealed(out / "manifest.json", make(corpora, recipe, work, out))
+                publish(out, folder)
+    except BaseException:
+        if not any(work_folder.glob("*.json")):
+            shutil.rmtree(part)
+        raise
+    shutil.rmtree(part)
 
 
 def main(argv: list[str]) -> None:
+    if any(word.startswith("--hub") for word in argv):
+        words, given = split_words(argv, typing.get_type_hints(HubOptions))
+        if words:
+            raise Stop(USAGE, f"expected --hub=REPO --to=DIR alone, got {' '.join(words)!r}")
+        options = fill([HubOptions], given)[0]
+        return fetch_repo(options.hub, options.files, Path(options.to))
     config, options = load(argv, PrepareOptions)
     folder = Path("data") / config.data.dataset
     if options.verify or options.stats:
@@ -566,35 +592,10 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(own,)))
     if not config.data.sources:
         raise Stop(USAGE, f"{argv[0]} names no sources; give your own text: --input=PATH")
-    corpora = [open_corpus(source, config.data) for source in config.data.sources]
-    for index, corpus in enumerate(corpora):
-        order = permutation(len(corpus.files), config.data.seed, FILE_ORDER, index)
-        corpus.files = [corpus.files[i] for i in order]
-    recipe = recipe_of(config, corpora)
-    if folder.exists():
-        manifest = read_manifest(folder)
-        differs = [k for k in recipe if manifest["recipe"].get(k) != recipe[k]]
-        if differs:
-            raise Stop(DATA, f"{folder} holds another data set (other {', '.join(differs)}); "
-                       "nothing was changed: give --dataset=NAME, here and to train.py, or remove "
-                       f"{folder}")
-        say(f"{folder} is prepared already")
-        return show(folder, manifest)
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed preparation left
-    part.mkdir(parents=True)
-    try:
-        manifest = make(config, corpora, recipe, part)
-        write_sealed(part / "manifest.json", manifest)
-        for path in part.rglob("*"):
-            sync(path)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    sync(folder.parent)
-    show(folder, manifest)
+    with locked(folder):
+        prepare(config, options, folder)
+    show(folder, read_manifest(folder))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, __doc__, [PrepareOptions, *SECTIONS.values()]))
+    sys.exit(run(main, __doc__, [PrepareOptions, HubOptions, *SECTIONS.values()]))

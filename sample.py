@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 
 from configs import USAGE, Stop, key, load_options, run
+from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, choose_device
-from prepare import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,10 +39,10 @@ from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, SECTIONS, USAGE, 
                      Stop, from_json, git_state, load, read_sealed, run, say, sha256_file, sync,
                      to_json, verify, write_sealed)
 from extras.tokenizer_json import tokenizer_files
+from extras.tokenizers import Tokenizer, load_tokenizer
 from model import (Transformer, choose_device, flops_per_token, hardware, init_weights,
                    param_groups, peak_flops, peak_memory)
-from prepare import (Tokenizer, chunk_name, load_tokenizer, open_rows, permutation, read_manifest,
-                     valid_name)
+from prepare import chunk_name, open_rows, permutation, read_manifest, valid_name
 
 FORMAT = 1  # of a checkpoint's state.json
 
@@ -167,7 +167,7 @@ def check(config: Config, manifest: dict, place: Place) -> None:
         errors.append(f"vocab_size is {m.vocab_size}, the data's tokenizer has {ids} ids: prepare "
                       f"with the model's tokenizer or give --vocab_size={ids}")
     sha = manifest["tokenizer"]["sha256"]
-    if d.tokenizer_sha256 not in ("", sha):
+    if d.tokenizer_sha256 not in ("", sha, manifest["recipe"]["tokenizer"]):  # made of, or with
         errors.append(f"the data's tokenizer has sha256 {sha}, the config names "
                       f"{d.tokenizer_sha256}: prepare with the config's tokenizer")
     for name, value in (("seq_len", m.seq_len), ("n_chunks", d.n_chunks)):
@@ -280,9 +280,8 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
     # What the rows were made from is what their manifest says, whatever the run file says now.
     made = manifest["recipe"]
     mine["data"] |= {k: made[k] for k in made.keys() & mine["data"].keys() - {"seed", "sources"}}
-    mine["data"]["sources"] = [{"name": one["name"], "path": one["origin"], "licence":
-                                one["licence"], "weight": one["weight"]}
-                               for one in manifest["sources"]]
+    mine["data"]["sources"] = [{"path": one["origin"]} | {
+        k: v for k, v in one.items() if k not in ("origin", "revision")} for one in made["sources"]]
     if not path.is_file():
         return {"config": mine, "data_hash": manifest["data_hash"], "parent": None, "launches": []}
     try:

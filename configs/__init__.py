@@ -15,19 +15,23 @@ Standard library only: every stage imports this file, and a run file is checked 
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +52,9 @@ class Stop(Exception):
     def __init__(self, code: int, message: str):
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple:  # the way out of a worker process
+        return Stop, (self.code, str(self))
 
 
 # ---- the schema ----------------------------------------------------------------------------------
@@ -71,8 +78,24 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names that become file names: nothing th
 class Source:
     """One part of the data mix."""
     name: str = key("what the source is called in tables and file names", pattern=NAME)
-    path: str = key("a file or folder, or stdlib:code, stdlib:prose: what this Python brings along")
+    path: str = key("a file or folder; https://HOST/FILE; list:https://HOST/LIST, a list of such; "
+                    "hf:datasets/OWNER/NAME[@REVISION]; or stdlib:code, stdlib:prose: what this "
+                    "Python brings along", pattern=".+")
+    files: str = key("which of its files are read, as in *.parquet; empty: all that can be", "")
+    subset: Literal["all", "even", "odd", "tenth"] = key(
+        "of these, by name: those at even or odd places, counted from 0; the first tenth", "all")
+    where: str = key("KEY=VALUE: only the documents that have it, as in meta.set=Book", "",
+                     pattern="([^=]+=.*)?")
+    text_key: str = key("key or column of its text; empty: the run's", "")
+    rows: bool = key('its lines are rows, {"token_ids": [...], "source": NAME}, its files chunks',
+                     False)
     weight: float = key("share of the rows", 1.0, above=0)
+    epochs: int | None = key("passes it has to give; none: one, or as many as its weight asks for",
+                             None, low=1)
+    max_tokens: int | None = key("it ends with the document in which this many are reached", None,
+                                 unit="tokens", low=1)
+    fim_rate: float = key("share of the documents rewritten to be filled in the middle", 0.0, low=0,
+                          high=1)
     licence: str = key("licence of the text", "unknown")
 
 
@@ -104,10 +127,15 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     dataset: str = key("folder below data/; the run file's name unless given", pattern=NAME)
-    sources: tuple[Source, ...] = key("the mix: [dict(name=, path=, weight=, licence=)]", ())
-    tokenizer: str = key("bpe: train one; tiktoken:NAME; or a file, .model .tiktoken .json", "bpe")
+    sources: tuple[Source, ...] = key("the mix: [dict(name=, path=, weight=, licence=, ...)]", ())
+    tokenizer: str = key("bpe: train one; tiktoken:NAME; a file, .model .tiktoken .json; or "
+                         "hf:OWNER/NAME[@REVISION]/FILE", "bpe")
     tokenizer_sha256: str = key("sha256 the tokenizer file must have; empty: any", "",
                                 pattern="([0-9a-f]{64})?")
+    special_tokens: str = key("tokens that follow sentencepiece's own, with blanks between", "")
+    bos: bool = key("BOS in front of every document", False)
+    overlap: bool = key("a row begins with the last token of the one before: no target is lost",
+                        False)
     n_chunks: int = key("chunks the data is cut into; one checkpoint after each", low=1)
     rows_per_chunk: int | None = key("rows in a chunk, over all sources; none: each source once",
                                      None, low=1)
@@ -118,6 +146,8 @@ class DataConfig:
     encoding: str = key("encoding of the text files", "utf-8")
     max_bad_documents: int = key("unreadable files and lines skipped, and counted, before prepare "
                                  "gives up", 0, low=0, free=True)
+    keep_downloads: bool = key("keep what was fetched, in data/downloads, after it was read", True,
+                               free=True)
     workers: int = key("processes that tokenize; 0: one per core", 0, low=0, free=True)
 
 
@@ -366,6 +396,8 @@ def check(config: Config) -> None:
     names = [source.name for source in d.sources]
     if len(set(names)) < len(names):
         errors.append(f"two sources have one name: {', '.join(names)}")
+    if any(source.rows for source in d.sources) and len(d.sources) > 1:
+        errors.append("a source of ready rows is the only one: its lines name theirs")
     if errors:
         raise Stop(USAGE, "\n".join(errors))
 
@@ -428,28 +460,39 @@ def sync(path: str | Path) -> None:
         os.close(handle)
 
 
-def write_sealed(path: Path, content: dict) -> None:
-    """Write a json file and beside it its sha256, in the format that `sha256sum -c` reads."""
-    text = json.dumps(content, indent=1) + "\n"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    for name, words in ((path, text), (Path(f"{path}.sha256"), f"{digest}  {path.name}\n")):
-        part = Path(f"{name}.part")
-        part.write_text(words, encoding="utf-8")
-        sync(part)
-        part.rename(name)
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file under another name and rename it: it is there whole or not at all."""
+    (part := Path(f"{path}.part")).write_text(text, encoding="utf-8")
+    sync(part)
+    part.rename(path)
     sync(path.parent)
+
+
+def write_sealed(path: Path, content: dict) -> None:
+    """Write a json file and beside it its sha256, in the format that `sha256sum -c` reads.
+
+    Over an older one, the seal names both while the file changes: a kill breaks nothing.
+    """
+    text, seal = json.dumps(content, indent=1) + "\n", Path(f"{path}.sha256")
+    mine = f"{hashlib.sha256(text.encode()).hexdigest()}  {path.name}\n"
+    if path.is_file():
+        write_atomic(seal, mine + f"{sha256_file(path)}  {path.name}\n")
+    write_atomic(path, text)
+    write_atomic(seal, mine)
 
 
 def read_sealed(path: Path, code: int) -> dict:
     """Read what write_sealed wrote. Raises Stop(code) if a file is missing or the hashes differ."""
-    seal = Path(f"{path}.sha256")
-    for name in (path, seal):
-        if not name.is_file():
-            raise Stop(code, f"{name} is missing: {path.parent} is not complete")
-    digest, sealed = sha256_file(path), seal.read_text(encoding="utf-8", errors="replace")
-    if digest != sealed.split(" ")[0]:
-        raise Stop(code, f"{path} was changed: its sha256 is {digest}, {seal.name} says another")
-    return json.loads(path.read_text(encoding="utf-8"))
+    seal, tries = Path(f"{path}.sha256"), 3
+    while tries := tries - 1:  # again, if both were written between the two reads
+        for name in (path, seal):
+            if not name.is_file():
+                raise Stop(code, f"{name} is missing: {path.parent} is not complete")
+        content, sealed = path.read_bytes(), seal.read_text(encoding="utf-8", errors="replace")
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in [line.split(" ")[0] for line in sealed.splitlines()]:
+            return json.loads(content)
+    raise Stop(code, f"{path} was changed: its sha256 is {digest}, {seal.name} says another")
 
 
 def verify(folder: Path, below: str = ".") -> None:
@@ -468,6 +511,36 @@ def verify(folder: Path, below: str = ".") -> None:
             what = "was changed" if path.is_file() else "is missing"
             raise Stop(CHECKPOINT, f"{path} {what} since the checkpoint was written; "
                        "choose another checkpoint or copy this one again")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a folder. The lock of one that is killed goes with it."""
+    path = Path(f"{folder}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                raise BlockingIOError  # it was removed by one that ended just now
+        except BlockingIOError as error:
+            raise Stop(CHECKPOINT, f"{folder} is in the hands of {path.read_text()}; wait for it, "
+                       "or stop it") from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}",
+              file=file, end="", flush=True)
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        with open(f"{folder}.lock") as file:
+            return bool(fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB))
+    except OSError as error:  # there is no lock, or it is held
+        return isinstance(error, BlockingIOError)
 
 
 # ---- what every stage prints and how it ends -----------------------------------------------------

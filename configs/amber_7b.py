@@ -15,11 +15,23 @@ norm_eps = 1e-6
 rope_theta = 10000.0
 init_std = 0.02  # every matrix, no depth scaling: modeling_llama.py, _init_weights
 
-# data: 360 chunks x 1,706,976 rows x 2,049 tokens = 1.259T tokens
-tokenizer = "tokenizer.model"  # LLaMA's, as published in LLM360/Amber
+# data: the chunks as they were released, in their order: file k is chunk k. Each holds 1,706,976
+# rows of 2,049 ids (amber-data-prep, mix_and_split.py), in blocks by source, arXiv first; train.py
+# shuffles. 360 x 1,706,976 x 2,049 = 1.259T tokens: 360 x 20.8 GB of json = 7.5 TB to fetch,
+# 360 x 7.0 GB of uint16 = 2.5 TB to keep.
+sources = [
+    dict(name="amber", rows=True, files="train/train_*.jsonl", licence="odc-by",
+         # A commit after the upload of train_359; later ones change the card. Its header says
+         # odc-by, its text Apache 2.0: the header, a licence for data, is followed.
+         path="hf:datasets/LLM360/AmberDatasets@29f96f9936df6175578026c355d6cd7e5306ab22"),
+]
+tokenizer = "hf:LLM360/AmberChat/tokenizer.model"  # LLaMA's; it is the sha256 that counts
 tokenizer_sha256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+bos = False  # documents end in </s>; nothing is in front of them
 n_chunks = 360
-rows_per_chunk = 1_706_976
+rows_per_chunk = 1_706_880  # 762 x 2240: the other 96 rows of a file fill no batch
+valid_rows = 13  # x 7 sources = 91 of those 96, of the first chunk: no held-out rows were released
+keep_downloads = False  # a file of 20.8 GB goes when its rows are written
 seed = 11111
 
 # optimizer: AdamW, decay on everything: the released code has one group, norms and embedding in it

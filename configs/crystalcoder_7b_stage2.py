@@ -6,19 +6,35 @@ of stage 1 would be about step 79,830 (stage 1 ended at 0.0087869), and it ends 
 """
 
 from configs.crystalcoder_7b_stage1 import *
+from configs.crystalcoder_7b_stage1 import sources as _half
 
 # data: 142 chunks of 1,500 steps and 1,387 steps of the 143rd. The site announces 143 checkpoints.
 n_chunks = 143
-sources = [  # the odd-numbered half of SlimPajama, 344.9B tokens, and StarCoder, 582.5B
-    dict(name="arxiv", path="SlimPajama/ArXiv", weight=0.016083857723861224),
-    dict(name="book", path="SlimPajama/Book", weight=0.015358576352403003),
-    dict(name="c4", path="SlimPajama/C4", weight=0.09909981505117808),
-    dict(name="commoncrawl", path="SlimPajama/CommonCrawl", weight=0.1983897689052003),
-    dict(name="github", path="SlimPajama/Github", weight=0.018454606218343703),
-    dict(name="stackexchange", path="SlimPajama/StackExchange", weight=0.011784941022274698),
-    dict(name="wikipedia", path="SlimPajama/Wikipedia", weight=0.012710859995188247),
-    dict(name="starcoder", path="StarCoder", weight=0.6281175747315507),  # 0.9 of it by FIM
+_weights = {  # the other half of SlimPajama, 344.9B tokens
+    "arxiv": 0.016083857723861224,
+    "book": 0.015358576352403003,
+    "c4": 0.09909981505117808,
+    "commoncrawl": 0.1983897689052003,
+    "github": 0.018454606218343703,
+    "stackexchange": 0.011784941022274698,
+    "wikipedia": 0.012710859995188247,
+}
+sources = [one | dict(subset="odd", weight=_weights[one["name"]]) for one in _half] + [
+    # StarCoder, 582.5B tokens: two epochs of 291B, each with its own cuts. Of the documents 0.9 are
+    # rewritten to be filled in the middle. Gated: accept its terms, which ask for the newest
+    # version and so for no commit here; set HF_TOKEN.
+    dict(name="starcoder", path="hf:datasets/bigcode/starcoderdata", files="*.parquet",
+         text_key="content", weight=0.6281175747315507, fim_rate=0.9, epochs=2,
+         licence="permissive, one per file; The Stack's terms of use"),
 ]
+
+# Filling in the middle. As in crystalcoder-data-prep, fim_hdf5_stage2.py: a document is cut before
+# any two characters (its README says tokens, the code does characters) and becomes prefix, suffix,
+# middle (PSM) or, as often, suffix, prefix, middle (SPM). Otherwise than there: whole documents are
+# cut, before they are packed. There it was rows, decoded and encoded again, which ended documents
+# where rows end, gave "f( x)" for "f(x)", read <s> as three letters, and left rows to be cut short
+# or filled up with <|fim_pad|>, masked but counted in the mean of the loss. Marks such as
+# <filename> became ids of their own in what was rewritten, text in the rest; here they stay text.
 
 lr = 0.0087825
 min_lr = 0.00013679

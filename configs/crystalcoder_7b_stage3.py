@@ -6,22 +6,38 @@ batch and the weights of the mix say 119.9B (96 + 20 + 4). The file that ran is 
 """
 
 from configs.crystalcoder_7b_stage2 import *
+from configs.crystalcoder_7b_stage2 import sources as _before
 
 # data: a chunk is 1,000 steps x 2,112 rows, as the checkpoints were; 27 of them and 728 steps
 n_chunks = 28
 rows_per_chunk = 2_112_000
-sources = [  # of what is no web language and not Python, the first tenth; no GitHub
-    dict(name="css", path="StarCoder/css", weight=0.08792775542527535),
-    dict(name="javascript", path="StarCoder/javascript", weight=0.18370762129027085),
-    dict(name="html", path="StarCoder/html", weight=0.18536747298179254),
-    dict(name="python", path="StarCoder/python", weight=0.34270089587947816),  # 0.3 of the 4: FIM
-    dict(name="arxiv", path="SlimPajama/ArXiv", weight=0.016663255966286664),
-    dict(name="book", path="SlimPajama/Book", weight=0.00831444671835677),
-    dict(name="c4", path="SlimPajama/C4", weight=0.01685693658811707),
-    dict(name="commoncrawl", path="SlimPajama/CommonCrawl", weight=0.058282893778895735),
-    dict(name="stackexchange", path="SlimPajama/StackExchange", weight=0.008379821974060706),
-    dict(name="wikipedia", path="SlimPajama/Wikipedia", weight=0.05835852419497722),
-    dict(name="starcoder", path="StarCoder", weight=0.0334403752024888),  # 0.9 by FIM
+_web = {  # folders of StarCoder, 95.9B tokens
+    "css": 0.08792775542527535,
+    "javascript": 0.18370762129027085,
+    "html": 0.18536747298179254,
+    "python": 0.34270089587947816,
+}
+_slimpajama = {  # 20.0B tokens of the first tenth of all of it; no GitHub
+    "arxiv": 0.016663255966286664,
+    "book": 0.00831444671835677,
+    "c4": 0.01685693658811707,
+    "commoncrawl": 0.058282893778895735,
+    "stackexchange": 0.008379821974060706,
+    "wikipedia": 0.05835852419497722,
+}
+*_half, _starcoder = _before
+sources = [
+    # 0.3 of the documents by FIM, in three epochs, each with its own cuts
+    _starcoder | dict(name=name, files=f"{name}/*.parquet", weight=weight, fim_rate=0.3, epochs=3)
+    for name, weight in _web.items()
+] + [
+    one | dict(subset="tenth", weight=_slimpajama[one["name"]])
+    for one in _half if one["name"] in _slimpajama
+] + [
+    # 4.0B tokens of a tenth, 0.9 by FIM as before. The original's was the first tenth of packed
+    # rows, shuffled. Of the files here, by name, that would be ada to c: instead every tenth of
+    # each language, those whose number ends in 0.
+    _starcoder | dict(files="*0-of-*.parquet", weight=0.0334403752024888, epochs=1),
 ]
 
 lr = 0.002

@@ -1,52 +1,98 @@
-"""Files -> documents: what prepare.py reads. Sources are files and folders of .txt .md .py .jsonl,
-and the standard library of the running Python, which is there without a download.
+"""Files -> documents: what prepare.py reads, wherever it lies.
 
-    corpus = open_corpus(source, config.data)
-    for number, line, parts in documents(corpus, config.data, specials): ...
-    for number, line, text, first, last in pieces(corpus, config.data, specials): ...
+    corpus = open_corpus(source, config.data, listing)  # what files there are, and which they are
+    file = at_hand(corpus, number, config.data)         # fetched, if it is somewhere else
+    for line, begins, ends, parts in documents(span, corpus.kind, source, ...): ...
+
+A source is a file or a folder of .jsonl, .parquet and plain text or program text (.gz and .zst of
+the first and the last too), such files at https:// URLs or in a data set of Hugging Face's hub, or
+the standard library of the running Python, which is there without a download.
 """
 
 import ast
 import codecs
 import collections
 import dataclasses
+import fnmatch
+import gzip
 import hashlib
+import io
 import json
 import re
+import sys
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
-from configs import DATA, USAGE, DataConfig, Source, Stop
+from configs import DATA, ENVIRONMENT, USAGE, DataConfig, Source, Stop, sha256_file, write_atomic
+from extras.fetch import Remote, ask, fetch, inside, list_hub, list_urls
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+TEXT = (".txt .md .rst .tex .html .css .js .ts .py .ipynb .c .h .cc .cpp .hpp .cu .cs .java .go "
+        ".kt .rs .rb .php .pl .lua .r .jl .hs .scala .swift .sh .sql").split()
+LINES = re.compile(r"\.jsonl(\.gz|\.zst)?", re.IGNORECASE)  # how the name of a file of lines ends
+PACKED = (".gz", ".zst", ".parquet")  # what can only be read from its beginning
+DOWNLOADS = Path("data/downloads")
 PART = 1 << 20  # bytes or characters read at once
-TOKENIZER_SAMPLE = 8_000_000  # characters a new tokenizer is trained on
-BLOCK = 1 << 20  # characters tokenized at once: bounds memory, and no document is too long
+LONGEST = 1 << 27  # characters of a line: a bomb of zeros is longer, and would fill the memory
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source. What is not known of one that is elsewhere is None or empty."""
+    name: str  # below the source's root
+    path: Path  # where it is, or will be
+    size: int | None
+    sha256: str
+    marks: tuple[tuple[int, int], ...] = ()  # (byte, line) where it may be cut, about one a MB
+    remote: Remote | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes [start, end) of a file, which begin in this line."""
+    name: str
+    path: str
+    start: int
+    end: int
+    size: int  # of the whole file
+    line: int = 1
 
 
 @dataclass
 class Corpus:
     """The files of one source, and what was noticed in them."""
     source: Source
-    files: list[tuple[str, Path]]  # name below the source's root, where it is
+    files: list[File]
     kind: str  # text; or code, prose: the two halves of the standard library
-    revision: str  # sha256 over the names and contents of all files
+    revision: str  # what its content follows from: a commit, or a sha256 over all files
     notes: collections.Counter
 
 
-def scan(path: Path, encoding: str) -> tuple[str, int | None]:
-    """A file's sha256, and the offset of the first byte that is not text (None: all of it is)."""
+# ---- which files ---------------------------------------------------------------------------------
+
+def scan(path: Path, encoding: str) -> tuple[str, int | None, tuple[tuple[int, int], ...]]:
+    """A file's sha256, the offset of the first byte that is no text (None: all is), and its marks.
+
+    A file of lines may be cut between them, a text in front of a blank that follows a letter.
+    """
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
-        "".encode(encoding)  # hex and the like are codecs, but none of text
+        # Bytes may be searched for line ends and blanks where these are the bytes of ASCII.
+        cut = rb"\n" if LINES.search(path.name) else rb"[!-~](?= )"
+        cut = re.compile(cut if " \n".encode(encoding) == b" \n" else b"(?!)")
     except LookupError as error:
         raise Stop(USAGE, f"--encoding: {error}; expected a name such as utf-8, latin-1") from error
-    digest, at, bad = hashlib.sha256(), 0, None
+    digest, at, bad, line, marks = hashlib.sha256(), 0, None, 1, []
     with open(path, "rb") as file:
         while block := file.read(PART):
             digest.update(block)
+            if found := cut.search(block):
+                marks.append((at + found.end(), line + block.count(b"\n", 0, found.end())))
+            line += block.count(b"\n")
             pending = len(decoder.getstate()[0])  # bytes of a character that began before
             try:
                 if bad is None:
@@ -56,55 +102,160 @@ def scan(path: Path, encoding: str) -> tuple[str, int | None]:
             at += len(block)
     if bad is None and decoder.getstate()[0]:
         bad = at - len(decoder.getstate()[0])
-    return digest.hexdigest(), bad
+    return digest.hexdigest(), bad, tuple(marks)
+
+
+def library_files(half: str) -> list[tuple[str, Path]]:
+    """(name, path) of the files of the standard library that give their code, or their prose."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = (p.relative_to(root) for p in root.rglob("*.py"))
+    names = [p.as_posix() for p in paths
+             if not {"site-packages", "dist-packages", "__pycache__"} & set(p.parts)]
+    # A file gives either its code or its docstrings, by the hash of its path, so that neither
+    # source contains the other. The language reference in pydoc_data is prose.
+    prose = {n for n in names if hashlib.sha256(n.encode()).digest()[0] % 2
+             or n == "pydoc_data/topics.py"}
+    return [(n, root / n) for n in sorted(prose if half == "prose" else set(names) - prose)]
+
+
+def is_readable(name: str) -> bool:
+    name = name.lower()
+    return bool(LINES.search(name)) or name.endswith((".parquet", *TEXT)) or (
+        name.removesuffix(".gz").removesuffix(".zst").endswith(tuple(TEXT)))
+
+
+def choose(source: Source, names: Iterable[str]) -> list[str]:
+    """The names that a source's pattern and subset leave, in their order. Raises Stop(DATA)."""
+    seen = sorted(names)
+    found = [n for n in seen if (fnmatch.fnmatchcase(n, source.files) if source.files
+                                 else is_readable(n))]
+    if not found:
+        some = ", ".join(seen[:5]) or "an empty folder"
+        what = source.files or "file of a kind known here (.jsonl .parquet .txt .md .py ...)"
+        raise Stop(DATA, f"source {source.name}: no {what} in {source.path}, only {some}")
+    if source.subset == "tenth" and len(found) < 10:
+        raise Stop(DATA, f"source {source.name}: the first tenth of {len(found)} files is none; "
+                   "expected 10 files or more: give --sources without subset, or cut the files")
+    step = {"all": found, "even": found[::2], "odd": found[1::2], "tenth": found[:len(found) // 10]}
+    if not step[source.subset]:
+        raise Stop(DATA, f"source {source.name}: no file at an odd place, there is only {found[0]}")
+    return step[source.subset]
 
 
 def find_files(source: Source) -> tuple[list[tuple[str, Path]], str]:
-    """(name, path) of a source's files in the order of their names, and their kind."""
+    """(name, path) of a source's files on this machine, and their kind."""
     if source.path in ("stdlib:code", "stdlib:prose"):
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = (p.relative_to(root) for p in root.rglob("*.py"))
-        names = [p.as_posix() for p in paths
-                 if not {"site-packages", "dist-packages", "__pycache__"} & set(p.parts)]
-        # A file gives either its code or its docstrings, by the hash of its path, so that neither
-        # source contains the other. The language reference in pydoc_data is prose.
-        prose = {n for n in names if hashlib.sha256(n.encode()).digest()[0] % 2
-                 or n == "pydoc_data/topics.py"}
-        chosen = prose if source.path == "stdlib:prose" else set(names) - prose
-        return [(n, root / n) for n in sorted(chosen)], source.path.removeprefix("stdlib:")
+        half = source.path.removeprefix("stdlib:")
+        return library_files(half), half
     root = Path(source.path)
     if not root.exists():
         raise Stop(DATA, f"source {source.name}: {root} not found; expected a file or folder of "
-                   f"{' '.join(SUFFIXES)}")
-    below = [root] if root.is_file() else sorted(
-        p for p in root.rglob("*") if p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(root).parts))
-    files = [(p.name if root.is_file() else p.relative_to(root).as_posix(), p)
-             for p in below if p.suffix.lower() in SUFFIXES]
-    if not files:
-        seen = ", ".join(p.name for p in below[:5]) or "an empty folder"
-        raise Stop(DATA, f"source {source.name}: no {' '.join(SUFFIXES)} in {root}, only {seen}")
-    return files, "text"
+                   ".jsonl .parquet .txt .md .py ...")
+    if root.is_file():
+        return [(name, root) for name in choose(source, [root.name])], "text"
+    below = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()
+             and not any(part.startswith(".") for part in p.relative_to(root).parts)}
+    return [(name, below[name]) for name in choose(source, below)], "text"
 
 
-def open_corpus(source: Source, data: DataConfig) -> Corpus:
-    """Find, hash and check the files of a source. Raises Stop(DATA) where one is not text."""
-    files, kind = find_files(source)
-    corpus = Corpus(source, [], kind, "", collections.Counter())
-    revision = hashlib.sha256()
-    for name, path in files:
-        digest, bad = scan(path, data.encoding if kind == "text" else "utf-8")
-        revision.update(f"{digest}  {name}\n".encode())
-        if bad is None:
-            corpus.files.append((name, path))
-        elif kind == "text":
-            skip_bad(corpus.notes, data.max_bad_documents, f"{path}: byte {bad} is not "
-                     f"{data.encoding}; give --encoding=NAME, or --max_bad_documents=N to skip it")
-        else:
-            corpus.notes["not_text"] += 1  # files that test how Python reads files
+def find_remote(source: Source) -> tuple[str, list[Remote]]:
+    """What is at a source's URL or in its data set, and what its content follows from."""
+    scheme, _, rest = source.path.partition(":")
+    if scheme == "hf":
+        repo, _, revision = rest.partition("@")
+        return list_hub(repo, revision, source.files)
+    found = list_urls(rest, source.files) if scheme == "list" else [ask(source.path)]
+    facts = "".join(f"{one.url} {one.size} {one.etag}\n" for one in found)
+    return hashlib.sha256(facts.encode()).hexdigest(), found
+
+
+def is_remote(source: Source) -> bool:
+    return source.path.startswith(("hf:", "list:", "https:", "http:"))
+
+
+def open_corpus(source: Source, data: DataConfig, listing: Path, made: bool) -> Corpus:
+    """Find the files of a source, and check those that are here. Raises Stop(DATA).
+
+    What is elsewhere is listed once, into the file `listing`, and read from it from then on: a
+    preparation that goes on tomorrow goes on with the same revision. Of a set that is `made` the
+    listing is not written again: another source is no revision that it knows.
+    """
+    if is_remote(source):
+        asked = dict(path=source.path, files=source.files, subset=source.subset)
+        kept = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
+        if kept.get("asked") != asked and made:
+            kept = dict(revision="another", files=[])
+        elif kept.get("asked") != asked:
+            revision, found = find_remote(source)
+            chosen = set(choose(source, [one.name for one in found]))
+            kept = dict(asked=asked, revision=revision, files=[
+                dataclasses.asdict(one) for one in found if one.name in chosen])
+            write_atomic(listing, json.dumps(kept))
+        root = DOWNLOADS / re.sub("[^A-Za-z0-9._-]+", "_", source.path.partition("@")[0]) / (
+            kept["revision"][:12])
+        remotes = [Remote(**one) for one in kept["files"]]
+        files = [File(one.name, inside(root, one.name), one.size, one.sha256 or one.blob, (), one)
+                 for one in remotes]
+        return Corpus(source, files, "text", kept["revision"], collections.Counter())
+    names, kind = find_files(source)
+    corpus, revision = Corpus(source, [], kind, "", collections.Counter()), hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
+        for file in pool.map(lambda one: look(File(*one, None, ""), corpus, data), names):
+            revision.update(f"{file.sha256}  {file.name}\n".encode())
+            if file.size is not None:
+                corpus.files.append(file)
     corpus.revision = revision.hexdigest()
     return corpus
 
+
+def look(file: File, corpus: Corpus, data: DataConfig) -> File:
+    """A file that is here, with size, sha256 and marks; without a size if it is to be skipped."""
+    if file.name.lower().endswith(PACKED):
+        return dataclasses.replace(file, size=file.path.stat().st_size,
+                                   sha256=sha256_file(file.path))
+    digest, bad, marks = scan(file.path, data.encoding if corpus.kind == "text" else "utf-8")
+    size = file.path.stat().st_size
+    if bad is not None and corpus.kind != "text":
+        corpus.notes["not_text"] += 1  # files that test how Python reads files
+    elif bad is not None:
+        skip_bad(corpus.notes, data.max_bad_documents, f"{file.path}: byte {bad} is not "
+                 f"{data.encoding}; give --encoding=NAME, or --max_bad_documents=N to skip it")
+    return dataclasses.replace(file, size=size if bad is None else None, sha256=digest, marks=marks)
+
+
+def at_hand(corpus: Corpus, number: int, data: DataConfig, fetched: bool = True) -> File | None:
+    """A file of a source, fetched if it was elsewhere; None if it is to be skipped.
+
+    What a look at a fetched file found is kept beside it, so that one that has been read and let go
+    need not be `fetched` again.
+    """
+    file = corpus.files[number]
+    if file.remote is None:
+        return file
+    facts = Path(f"{file.path}.{data.encoding}.json")
+    if fetched or not facts.is_file():
+        fetch(file.remote, file.path)
+    if not facts.is_file():
+        found = look(file, corpus, data)
+        write_atomic(facts, json.dumps([found.size, found.sha256, found.marks]))
+    size, sha256, marks = json.loads(facts.read_text(encoding="utf-8"))
+    return dataclasses.replace(file, size=size, sha256=sha256, marks=marks) if size else None
+
+
+def cut(file: File, corpus: Corpus, size: int) -> list[Span]:
+    """A file in spans of about `size` bytes, or as one where it can only be read as a whole."""
+    lines = bool(LINES.search(file.name))
+    marks = file.marks if lines or corpus.kind != "prose" and not corpus.source.fim_rate else ()
+    edges = [(0, 1)]
+    for at, line in marks:
+        if at - edges[-1][0] >= size and file.size - at >= size // 2:
+            edges.append((at, line))
+    ends = [at for at, _ in edges[1:]] + [file.size]
+    return [Span(file.name, str(file.path), start, end, file.size, line if lines else 1)
+            for (start, line), end in zip(edges, ends, strict=True)]
+
+
+# ---- what is in them -----------------------------------------------------------------------------
 
 def skip_bad(notes: collections.Counter, limit: int, message: str) -> None:
     """Count a document that cannot be read; past the limit, stop."""
@@ -157,96 +308,135 @@ def clean(texts: Iterator[str], specials: list[str],
         yield text
 
 
-def read_text(path: Path, encoding: str) -> Iterator[str]:
-    """A text file in parts; a CR is never parted from its LF."""
-    with open(path, encoding=encoding, newline="") as file:
+def missing(package: str, path: str) -> Stop:
+    return Stop(ENVIRONMENT, f"{path} is read by the package {package}, which is missing: pip "
+                f"install {package}, or nano360[data]")
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """A file, unpacked as it is read."""
+    if path.lower().endswith(".gz"):
+        return gzip.open(path)
+    if path.lower().endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise missing("zstandard", path) from error
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(
+            open(path, "rb"), read_across_frames=True, closefd=True))
+    return open(path, "rb")
+
+
+def open_text(span: Span, encoding: str, newline: str) -> TextIO:
+    """The text of a span. Bytes of a packed file that are no text become lone surrogates."""
+    file = open_bytes(span.path)
+    if (span.start, span.end) != (0, span.size):
+        with file:
+            file.seek(span.start)
+            file = io.BytesIO(file.read(span.end - span.start))
+    errors = "surrogateescape" if span.path.lower().endswith(PACKED) else "strict"
+    return io.TextIOWrapper(file, encoding, errors=errors, newline=newline)
+
+
+def read_text(span: Span, encoding: str) -> Iterator[str]:
+    """A text in parts; a CR is never parted from its LF."""
+    with open_text(span, encoding, "") as file:
         while part := file.read(PART):
             yield part + file.read(1) if part.endswith("\r") else part
 
 
-def json_lines(path: Path, data: DataConfig,
-               notes: collections.Counter) -> Iterator[tuple[int, str]]:
-    """(line, text) of a .jsonl file; blank lines are passed over."""
-    wanted, limit = data.text_key, data.max_bad_documents
-    with open(path, encoding=data.encoding) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip("\ufeff\r\n\t "):
-                continue
+def read_lines(span: Span, encoding: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of a span of a file of lines; blank lines are passed over."""
+    with open_text(span, encoding, "\n") as file:
+        number, cut_short = span.line, False
+        while line := file.readline(LONGEST):
+            if not cut_short and line.strip("\ufeff\r\n\t "):
+                yield number, line
+            cut_short = not line.endswith("\n")
+            number += not cut_short
+
+
+def read_json(span: Span, data: DataConfig, notes: collections.Counter
+              ) -> Iterator[tuple[int, dict]]:
+    """(line, object) of a span of a .jsonl file."""
+    for number, line in read_lines(span, data.encoding):
+        try:
+            if len(line) >= LONGEST and not line.endswith("\n"):
+                raise ValueError(f"the line has more than {LONGEST} characters")
+            if re.search("[\udc80-\udcff]", line):
+                raise ValueError(f"it is not {data.encoding}")
             if line.startswith("\ufeff"):
                 line, notes["bom"] = line[1:], notes["bom"] + 1
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                skip_bad(notes, limit, f"{path}:{number}: broken json ({error}): "
-                         f"{line[:80].strip()} (--max_bad_documents=N skips such lines)")
-                continue
-            text = row.get(wanted) if isinstance(row, dict) else None
-            if isinstance(text, str):
-                yield number, text
-            else:
-                keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                skip_bad(notes, limit, f"{path}:{number}: no text under {wanted!r}, the line has "
-                         f"{keys}; give --text_key=NAME")
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            skip_bad(notes, data.max_bad_documents, f"{span.path}:{number}: broken json ({error}): "
+                     f"{line[:80].strip()} (--max_bad_documents=N skips such lines)")
 
 
-def documents(corpus: Corpus, data: DataConfig, specials: list[str]
-              ) -> Iterator[tuple[int, int, Iterator[str]]]:
-    """(number of the file, line, text in parts) of every document of a source, in order."""
-    notes = corpus.notes
-    for number, (name, path) in enumerate(corpus.files):
-        if corpus.kind == "prose":
-            found = docstrings(path.read_text(encoding="utf-8"), name, notes)
-        elif path.suffix.lower() == ".jsonl":
-            found = json_lines(path, data, notes)
+def read_parquet(span: Span, columns: list[str]) -> Iterator[tuple[int, dict]]:
+    """(row from 1, object) of a .parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing("pyarrow", span.path) from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(span.path) as file:
+            has = file.schema_arrow.names
+            for batch in file.iter_batches(256, columns=[c for c in columns if c in has] or has):
+                for row in batch.to_pylist():
+                    yield (number := number + 1), row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Stop(DATA, f"{span.path} is broken after row {number}: {error}") from error
+
+
+def texts_of(found: Iterator[tuple[int, dict]], span: Span, source: Source, data: DataConfig,
+             notes: collections.Counter) -> Iterator[tuple[int, str]]:
+    """(line, text) of the objects that are what the source asks for."""
+    key, (path, _, wanted) = source.text_key or data.text_key, source.where.partition("=")
+    for number, row in found:
+        value = row
+        for name in path.split(".") if path else ():
+            value = value.get(name) if isinstance(value, dict) else None
+        if path and str(value) != wanted:
+            notes["passed_over"] += 1
+            continue
+        text = row.get(key) if isinstance(row, dict) else None
+        if isinstance(text, str):
+            yield number, text
         else:
-            encoding = "utf-8" if corpus.kind == "code" else data.encoding
-            yield number, 1, clean(read_text(path, encoding), specials, notes)
-            continue
+            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            skip_bad(notes, data.max_bad_documents, f"{span.path}:{number}: no text under {key!r}, "
+                     f"the line has {keys}; give --text_key=NAME")
+
+
+def damaged() -> tuple[type[Exception], ...]:
+    """What is raised by a packed file that is cut short or none."""
+    own = [packer.ZstdError] if (packer := sys.modules.get("zstandard")) else []
+    return EOFError, zlib.error, gzip.BadGzipFile, UnicodeError, *own
+
+
+def documents(span: Span, kind: str, source: Source, data: DataConfig, specials: list[str],
+              notes: collections.Counter) -> Iterator[tuple[int, bool, bool, Iterator[str]]]:
+    """(line, begins here, ends here, text in parts) of every document of a span, in order."""
+    name, encoding = span.name.lower(), data.encoding if kind == "text" else "utf-8"
+    try:
+        if kind == "prose":
+            found = docstrings("".join(read_text(span, encoding)), span.name, notes)
+        elif name.endswith(".parquet"):
+            columns = [source.text_key or data.text_key, re.split("[.=]", source.where)[0]]
+            found = texts_of(read_parquet(span, columns), span, source, data, notes)
+        elif LINES.search(name):
+            found = texts_of(read_json(span, data, notes), span, source, data, notes)
+        else:
+            begins, ends = span.start == 0, span.end == span.size
+            yield 1, begins, ends, clean(read_text(span, encoding), specials, notes)
+            return
         for line, text in found:
-            yield number, line, clean(iter([text]), specials, notes)
-
-
-def is_blank(char: str) -> bool:
-    return char.isspace() or char == "▁"  # which sentencepiece takes for a blank
-
-
-def blocks(texts: Iterator[str] | list[str]) -> Iterator[str]:
-    """Cut a text that comes in parts into pieces of about BLOCK characters, never an empty one.
-
-    Cuts fall in front of a blank that follows a non-blank, where no piece of a sentencepiece BPE
-    crosses: the ids are those of the whole text. Only BLOCK characters without one are cut blindly.
-    """
-    rest = ""
-    for text in texts:
-        rest += text
-        while len(rest) > BLOCK:
-            cut = BLOCK
-            while cut > BLOCK // 2 and not (rest[cut] == " " and not is_blank(rest[cut - 1])):
-                cut -= 1
-            cut = cut if cut > BLOCK // 2 else BLOCK
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
-
-
-def pieces(corpus: Corpus, data: DataConfig, specials: list[str]
-           ) -> Iterator[tuple[int, int, str, bool, bool]]:
-    """(number of the file, line, text, first, last) of every piece of every document, in order.
-
-    Documents of blanks alone are passed over and counted.
-    """
-    for number, line, parts in documents(corpus, data, specials):
-        cut = blocks(parts)
-        text, following = next(cut, ""), next(cut, None)
-        if following is None and not text.strip():
-            corpus.notes["blank"] += 1
-            continue
-        first = True
-        while text is not None:
-            corpus.notes["bytes"] += len(text.encode())
-            yield number, line, text, first, following is None
-            text, following, first = following, next(cut, None), False
+            yield line, True, True, clean(iter([text]), specials, notes)
+    except damaged() as error:
+        raise Stop(DATA, f"{span.path} is damaged: {error}; fetch or copy it again") from error
 
 
 def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
@@ -258,20 +448,3 @@ def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
 def no_documents(corpus: Corpus) -> Stop:
     return Stop(DATA, f"source {corpus.source.name}: 0 documents in {corpus.source.path}: "
                 f"{len(corpus.files)} files, nothing but blanks in them")
-
-
-def sample_text(corpus: Corpus, data: DataConfig) -> Iterator[str]:
-    """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
-    unheard, limit = dataclasses.replace(corpus, notes=collections.Counter()), TOKENIZER_SAMPLE
-    limit *= corpus.source.weight / sum(source.weight for source in data.sources)
-    found, size = [], 0
-    for number, line, parts in documents(unheard, data, []):
-        text = next(blocks(parts), "")  # enough of a long one
-        found.append((is_held_out(data, corpus.source.name, corpus.files[number][0], line), text))
-        size += len(text)
-        if size > limit:
-            break
-    if not any(text.strip() for _, text in found):
-        raise no_documents(corpus)
-    heard = [text for held, text in found if not held]
-    return iter(heard or [text for _, text in found])

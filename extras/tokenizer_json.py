@@ -15,10 +15,10 @@ import numpy as np
 
 from configs import ENVIRONMENT, Stop
 
-if TYPE_CHECKING:  # prepare.py stands above this file
+if TYPE_CHECKING:  # extras/tokenizers.py imports this file
     import tokenizers
 
-    from prepare import Tokenizer
+    from extras.tokenizers import Tokenizer
 
 MAX_BYTES, MAX_IDS = 1 << 28, 1 << 24  # more than any tokenizer has: the file is something else
 # What a tokenizer calls the ends of a text where nothing names them.
@@ -150,13 +150,14 @@ def without_prefix(part: Any) -> Any:
 
 
 class JsonTokenizer:
-    """Text <-> token ids by a tokenizer.json, with the members of prepare.Tokenizer.
+    """Text <-> token ids by a tokenizer.json, with the members of Tokenizer.
 
     Two spellings of BPE are known: "▁" for a blank and <0x0A> for a byte, as LLaMA's, and GPT-2's
     characters for bytes. What an id stands for is read off its spelling once, so that decoding is
     exact to the byte.
     """
     kind, file = "tokenizer_json", "tokenizer.json"
+    block = 1 << 20  # characters of a text encoded at once, as Tokenizer's
 
     def __init__(self, data: bytes, spec: dict):
         if len(data) > MAX_BYTES:

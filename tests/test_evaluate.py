@@ -26,6 +26,7 @@ import evaluate
 import prepare
 from configs import CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, Stop
 from extras.hf_folders import checkpoint_hash
+from extras import tokenizers
 from extras.tokenizer_json import tokenizer_files
 from model import Transformer, init_weights
 
@@ -108,7 +109,7 @@ def world(tmp_path_factory) -> Path:
         prepare.main(["tiny.py"])
     finally:
         os.chdir(before)
-    tokenizer = prepare.load_tokenizer(root / "data" / "tiny")
+    tokenizer = tokenizers.load_tokenizer(root / "data" / "tiny")
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, vocab_size=520, seq_len=T,
                          init_std=0.25)
     run = root / "out" / "tiny"
@@ -201,7 +202,7 @@ def harness_task(harness, name: str, shots: int, data: Path, cache: Path):
 @pytest.mark.parametrize("add_bos", (False, True))
 def test_scores_equal_the_harness(harness, shared, tmp_path, add_bos):
     """Every log-likelihood and metric at 0 shots without BOS and at 2 shots with it."""
-    tokenizer = prepare.load_tokenizer(shared / "tokenizer" / "llama_tokenizer.model")
+    tokenizer = tokenizers.load_tokenizer(shared / "tokenizer" / "llama_tokenizer.model")
     files = tokenizer_files(tokenizer)
     if add_bos:  # as LLaMA's own folder says it
         whole = json.loads(files["tokenizer.json"])
@@ -330,7 +331,7 @@ def test_examples_stand_in_front_of_the_question(tmp_path):
 
 @pytest.mark.parametrize("add_bos", (False, True))
 def test_context_and_continuation(world, add_bos):
-    tokenizer = prepare.load_tokenizer(world / CKPT)
+    tokenizer = tokenizers.load_tokenizer(world / CKPT)
     ckpt = evaluate.Checkpoint("", None, tokenizer, add_bos, None)
     front = [tokenizer.bos] * add_bos
     encode = tokenizer.encode
@@ -356,7 +357,7 @@ def test_choices_one_sequence_at_a_time(here, theirs, shots, add_bos):
     options = evaluate.EvaluateOptions(tasks="", num_fewshot=shots, data_dir="benchmarks", limit=7)
     scored = entries(CKPT, "--tasks=piqa,arc_challenge,hellaswag", f"--num_fewshot={shots}",
                      "--data_dir=benchmarks", "--limit=7", f"--add_bos={str(add_bos).lower()}")
-    tokenizer, n_truncated = prepare.load_tokenizer(CKPT), 0
+    tokenizer, n_truncated = tokenizers.load_tokenizer(CKPT), 0
     assert [one["task"] for one in scored] == ["piqa", "arc_challenge", "hellaswag"]
     for one in scored:
         questions = evaluate.read_questions(options, evaluate.TASKS[one["task"]])
@@ -394,7 +395,7 @@ def test_the_first_of_equals_is_chosen_and_characters_are_counted(here, monkeypa
     monkeypatch.setattr(evaluate, "score", lambda *_: [-2.0, -2.0, -3.0, -2.0, -1.0, -9.0])
     ckpt = evaluate.Checkpoint("", Transformer(ModelConfig(
         n_layer=1, n_head=1, n_embd=2, n_inner=2, vocab_size=2, seq_len=T)),
-        prepare.load_tokenizer(CKPT), False, None)
+        tokenizers.load_tokenizer(CKPT), False, None)
     _, metrics, lls = evaluate.score_choices(ckpt, evaluate.TASKS["piqa"], questions)
     assert lls == [[-2.0, -2.0], [-3.0, -2.0], [-1.0, -9.0]]
     assert metrics["acc"] == pytest.approx(1 / 3)  # -3 < -2, and -1 > -9
@@ -447,7 +448,7 @@ def bytes_of(piece: str) -> int:
 def test_held_out_rows(here, theirs, limit):
     scored = entries(CKPT, "--tasks=valid", *([f"--limit={limit}"] if limit else []))
     assert [one["task"] for one in scored] == ["valid/code", "valid/prose"]
-    coder = prepare.load_tokenizer("data/tiny").coder
+    coder = tokenizers.load_tokenizer("data/tiny").coder
     for one in scored:
         file = Path("data/tiny") / f"valid_{one['task'].removeprefix('valid/')}.bin"
         rows = np.fromfile(file, np.uint16).reshape(-1, T + 1)[:limit].tolist()
@@ -466,7 +467,7 @@ def test_held_out_rows(here, theirs, limit):
     (T - 9, False), (T, True), (2 * T, False), (3 * T - 7, True)))
 def test_text_one_token_at_a_time(here, theirs, n, add_bos):
     """Each token from the context that its window gives it; the last window's is full."""
-    tokenizer = prepare.load_tokenizer(CKPT)
+    tokenizer = tokenizers.load_tokenizer(CKPT)
     text = next(text for k in range(900) for text in [(PROSE * 9)[:k]]
                 if len(tokenizer.encode(text)) >= n)
     Path("a text.txt").write_bytes(text.encode())
@@ -504,7 +505,7 @@ def test_a_run_is_scored_checkpoint_by_checkpoint(here, capsys):
         folder = Path("out/tiny") / one["settings"]["checkpoint"]
         assert one["settings"] == dict(
             checkpoint=folder.name, checkpoint_hash=checkpoint_hash(folder), device="cpu",
-            tokenizer_sha256=prepare.load_tokenizer(folder).spec()["sha256"], dtype="float32",
+            tokenizer_sha256=tokenizers.load_tokenizer(folder).spec()["sha256"], dtype="float32",
             batch_size=16, max_length=T, torch=torch.__version__)
     assert len({one["metrics"]["nats_per_token"] for one in scored[::3]}) == 3
     alone = entries(f"out/tiny/{CHECKPOINTS[1]}", "--tasks=valid,piqa", "--data_dir=benchmarks",
@@ -582,7 +583,7 @@ def test_bad_input(here, words, code, said):
         (bad / "blank.txt").write_text("\n \n")
         (bad / "latin.txt").write_bytes("é".encode("latin-1"))
         for name, size in (("other", 500), ("large", 600)):
-            (bad / f"{name}.model").write_bytes(prepare.train_tokenizer(
+            (bad / f"{name}.model").write_bytes(tokenizers.train_tokenizer(
                 [Path("text/prose/1.txt").read_text()], size))
         shutil.copytree(CKPT, bad / "alone")
         for name, data in (("other", "gone"), ("changed", "tiny")):

@@ -29,9 +29,10 @@ from hypothesis import strategies as st
 import configs
 import prepare
 from configs import DATA, SECTIONS, USAGE, Stop
-from extras import sources
+from extras import sources, tokenizers
 from extras.tokenizer_json import tokenizer_files
-from prepare import Tokenizer, load_tokenizer, open_rows, permutation, read_manifest
+from extras.tokenizers import Tokenizer, load_tokenizer
+from prepare import open_rows, permutation, read_manifest
 
 REPO = Path(prepare.__file__).parent
 DEMO = REPO / "configs" / "demo.py"
@@ -90,7 +91,7 @@ def make_text(root: Path, documents: int) -> None:
 def model_file(tmp_path_factory) -> Path:
     """A sentencepiece model of 300 pieces."""
     path = tmp_path_factory.mktemp("model") / "small.model"
-    path.write_bytes(prepare.train_tokenizer(iter([story(5000, 7)]), 300))
+    path.write_bytes(tokenizers.train_tokenizer(iter([story(5000, 7)]), 300))
     return path
 
 
@@ -672,7 +673,7 @@ def test_tiktoken_ranks_come_back(ranks_file, many_ranks_file):
     assert tokenizer.spec()["sha256"] == hashlib.sha256(ranks_file.read_bytes()).hexdigest()
     own = {base64.b64decode(a): int(b) for a, b in
            (line.split() for line in ranks_file.read_bytes().splitlines())}
-    coder = tiktoken.Encoding("own", pat_str=prepare.PATTERN, mergeable_ranks=own,
+    coder = tiktoken.Encoding("own", pat_str=tokenizers.PATTERN, mergeable_ranks=own,
                               special_tokens={"<|endoftext|>": 277})
 
     @EXAMPLES

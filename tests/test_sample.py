@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import prepare
 import sample
 from configs import ModelConfig, run
 from conftest import REPO
+from extras import tokenizers
 from extras.tokenizer_json import tokenizer_files
 from model import Transformer, init_weights
 
@@ -23,8 +23,8 @@ EXAMPLE = "the cat sat on the mat, and the dog sat on the log.\n\x1b[2J\x07 caf�
 def folder(tmp_path_factory) -> Path:
     """A checkpoint folder with random weights and a tokenizer of its own."""
     path = tmp_path_factory.mktemp("ckpt")
-    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
-    tokenizer = prepare.Tokenizer("sentencepiece", data, {})
+    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, vocab_size=300,
                                     seq_len=64, init_std=0.3))
     init_weights(model, 0)
@@ -41,7 +41,7 @@ def said(capsys, *argv: str) -> str:
 
 def test_greedy_is_the_models_own_text(folder, capsys):
     """The streamed text is the decoded generate() of the same prompt."""
-    model, tokenizer = Transformer.from_pretrained(folder), prepare.load_tokenizer(folder)
+    model, tokenizer = Transformer.from_pretrained(folder), tokenizers.load_tokenizer(folder)
     ids = tokenizer.encode("the cat")
     out = model.generate(torch.tensor([ids]), 40, temperature=0, stop=[tokenizer.eos])[0].tolist()
     expected = tokenizer.decode([i for i in out if i != tokenizer.eos])
@@ -59,8 +59,8 @@ def test_draws_follow_the_seed(folder, capsys):
 
 def test_streams_whole_characters():
     """Bytes of one character arrive one by one; nothing is shown until it is whole."""
-    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
-    tokenizer = prepare.Tokenizer("sentencepiece", data, {})
+    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     ids = tokenizer.encode("a 🦙 sat")
     parts = list(sample.pieces_of_text(tokenizer, ids[:1], iter(ids[1:])))
     assert "".join(parts) == "a 🦙 sat".removeprefix(tokenizer.decode(ids[:1]))
@@ -71,8 +71,8 @@ def test_streams_whole_characters():
 
 
 def test_stops_before_eos():
-    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
-    tokenizer = prepare.Tokenizer("sentencepiece", data, {})
+    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     ids = tokenizer.encode("the cat")
     shown = sample.pieces_of_text(tokenizer, [], iter([*ids, tokenizer.eos, *ids]))
     assert "".join(shown) == "the cat"
@@ -83,8 +83,8 @@ def test_stops_before_eos():
     ("mat, a dog", None), ("café", None)])
 def test_stops_before_a_text(stop, left):
     """The text up to `stop`, whatever its tokens; what only began like it is shown after all."""
-    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
-    tokenizer = prepare.Tokenizer("sentencepiece", data, {})
+    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     whole = "the cat sat on the mat, and"
     parts = list(sample.pieces_of_text(tokenizer, [], iter(tokenizer.encode(whole)), stop))
     assert "".join(parts) == (whole if left is None else left)

@@ -21,10 +21,11 @@ import prepare
 import sample
 from configs import DATA, ENVIRONMENT, ModelConfig, Stop
 from conftest import REPO
-from extras import sources, tokenizer_json
+from extras import tokenizer_json
+from extras import tokenizers as ours
 from extras.tokenizer_json import JsonTokenizer, tokenizer_files
+from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, init_weights
-from prepare import Tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -42,7 +43,7 @@ LLAMA_BOS = tokenizers.processors.TemplateProcessing(
 
 def marked() -> Tokenizer:
     """A sentencepiece BPE as LLaMA's."""
-    return Tokenizer("sentencepiece", prepare.train_tokenizer(iter([STORY]), 320), {})
+    return Tokenizer("sentencepiece", ours.train_tokenizer(iter([STORY]), 320), {})
 
 
 def byte_level() -> "tokenizers.Tokenizer":
@@ -342,7 +343,7 @@ def test_rows_are_prepared_with_it(kind, files, tmp_path, monkeypatch):
 def test_without_the_package(files, tmp_path, monkeypatch):
     """One line that names it, and only where a tokenizer.json is met."""
     folder_of(tmp_path, files["marked"])
-    prepare.build_tokenizer.cache_clear()
+    ours.build_tokenizer.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(Stop) as stop:
         load_tokenizer(tmp_path)
@@ -353,7 +354,7 @@ def test_without_the_package(files, tmp_path, monkeypatch):
 
 
 def test_the_exit_code_without_the_package(checkpoint, monkeypatch, capsys):
-    prepare.build_tokenizer.cache_clear()
+    ours.build_tokenizer.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     code = configs.run(sample.main, sample.__doc__, [sample.SampleOptions], [str(checkpoint)])
     out, err = capsys.readouterr()

@@ -19,6 +19,7 @@ import prepare
 import train
 from configs import Config, load, run, sha256_file, write_sealed
 from conftest import REPO
+from extras import tokenizers
 from model import Transformer, init_weights
 
 # A run of 4 chunks x 4 steps; --dtype=float32 where numbers are compared with another program's.
@@ -391,7 +392,7 @@ def test_checkpoint_loads_in_transformers(which, room):
     assert ours.generate(prompt, n, temperature=0).tolist() == greedy.tolist()
     text = "red  green\n\n   blue </s> \u00e9\u4e2d"
     assert AutoTokenizer.from_pretrained(folder)(text).input_ids == (
-        prepare.load_tokenizer(folder).encode(text))
+        tokenizers.load_tokenizer(folder).encode(text))
 
 
 # ---- bad input: rows of a table, what is done before, exit code, what the line says --------------
@@ -573,7 +574,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     rows = np.random.default_rng(0).integers(0, 32_000, (24, 2049)).astype(np.uint16)
     rows.tofile(folder / "train_000.bin")
     rows[:2].tofile(folder / "valid_made.bin")
-    spec = prepare.load_tokenizer(folder / "tokenizer.tiktoken").spec()
+    spec = tokenizers.load_tokenizer(folder / "tokenizer.tiktoken").spec()
     files = {name: dict(rows=n, sha256=sha256_file(folder / name))
              for name, n in (("train_000.bin", 24), ("valid_made.bin", 2))}
     write_sealed(folder / "manifest.json", dict(
