@@ -28,19 +28,17 @@ goes on after a kill. Chunks of a release are made one at a time, and may be tra
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 import sys
-import threading
 import time
 import typing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +51,8 @@ from extras.fetch import fetch_repo
 from extras.plan import bill
 from extras.sources import Corpus, is_remote, open_corpus
 from extras.tokenizers import choose_tokenizer, load_tokenizer, tokenizer_file
-from extras.tokens import (Stream, Work, jobs_of, n_rows, open_tokens, ordered, read_table,
-                           rows_job, rows_of, segments, tokenize, write_documents)
+from extras.tokens import (Stream, Work, leave_with_parent, n_rows, open_tokens, read_release,
+                           rows_of, segments, tokenize, write_documents)
 
 FORMAT = 1  # of data/<dataset>/: readers refuse another
 MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the numbers
@@ -114,11 +112,9 @@ class Part:
 
     def training(self, used: int, start: int, work: Work) -> Iterator[tuple[int, np.ndarray]]:
         """(i, rows) of training rows start to `used`, counted over all epochs; i is the first's."""
-        i = 0
-        for epoch in itertools.count():
+        i = epoch = 0
+        while i < used:
             n, at = self.rows(epoch, work), i
-            if i >= used:
-                return
             if start < i + n:
                 if start > i and self.held_rows is None:  # numbers are those of the stream
                     at = start
@@ -126,8 +122,9 @@ class Part:
                     ahead = max(0, start - at)
                     if len(mine := rows[ahead:used - at]):
                         yield at + ahead, mine
-                    at += len(rows)
-            i += n
+                    if (at := at + len(rows)) >= used:  # the rest of the epoch is left out
+                        return
+            i, epoch = i + n, epoch + 1
 
     def blocks(self, epoch: int, held: bool, work: Work, first: int = 0
                ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -251,9 +248,9 @@ def write_origins(parts: list[Part], per_chunk: list[int], work: Work, out: Path
             i = np.arange(n) * N + k
             epoch = np.searchsorted(starts[s], i, side="right") - 1
             rows = i - starts[s][epoch]
-            if part.held_rows is not None:
-                rows = np.setdiff1d(np.arange(part.rows(0, work) + len(part.held_rows)),
-                                    part.held_rows)[rows]
+            if part.held_rows is not None:  # the others, in their order
+                rows += np.searchsorted(part.held_rows - np.arange(len(part.held_rows)), rows,
+                                        side="right")
             found.append(np.stack([np.full(n, s), epoch, rows], axis=1))
         np.save(way / f"{chunk_name(k)}.npy", np.concatenate(found))
 
@@ -317,20 +314,28 @@ def open_rows(folder: Path, manifest: dict, name: str) -> np.ndarray:
 
 
 def show(folder: Path, manifest: dict) -> None:
-    """Print what is in a prepared set."""
+    """Print what is in a prepared set, source by source."""
     print(f"{folder}: {manifest['n_chunks']} chunks of {manifest['rows_per_chunk']} rows of "
           f"{manifest['seq_len'] + 1} tokens, {manifest['dtype']}, "
           f"tokenizer of {manifest['tokenizer']['vocab_size']}")
-    print(f"{'source':<12} {'documents':>9} {'MB':>7} {'tokens':>11} {'B/token':>7} "
-          f"{'rows/chunk':>10} {'share':>6} {'epochs':>6} {'valid rows':>10}  licence")
+    lines, keys = [], ("documents", "bytes", "all_tokens", "rows_per_chunk", "valid_rows")
+    total = dict(name="total", epochs="", licence="", notes={}, **{
+        k: sum(one[k] for one in manifest["sources"]) for k in keys})
+    for one in [*manifest["sources"], *[total] * (len(manifest["sources"]) > 1)]:
+        share, tokens = one["rows_per_chunk"] / manifest["rows_per_chunk"], one["all_tokens"]
+        lines.append([one["name"], f"{one['documents']:,}", f"{one['bytes'] / 1e6:,.2f}",
+                      f"{tokens:,}", f"{one['bytes'] / tokens:.2f}", f"{one['rows_per_chunk']:,}",
+                      f"{share:.2%}", f"{one['epochs']}", f"{one['valid_rows']:,}", one["licence"]])
+    lines.insert(0, ["source", "documents", "MB", "tokens", "B/token", "rows/chunk", "share",
+                     "epochs", "valid rows", "licence"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [word.rjust(width) for word, width in zip(line, widths, strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells[1:-1], line[-1]]).rstrip())
     for one in manifest["sources"]:
-        share = one["rows_per_chunk"] / manifest["rows_per_chunk"]
-        print(f"{one['name']:<12} {one['documents']:>9,} {one['bytes'] / 1e6:>7.2f} "
-              f"{one['all_tokens']:>11,} {one['bytes'] / one['all_tokens']:>7.2f} "
-              f"{one['rows_per_chunk']:>10,} {share:>6.1%} {one['epochs']:>6.2f} "
-              f"{one['valid_rows']:>10}  {one['licence']}")
         if one["notes"]:
-            print(" " * 12, "noticed:", ", ".join(f"{k} {v:,}" for k, v in one["notes"].items()))
+            print(f"noticed in {one['name']}:", ", ".join(
+                f"{k} {v:,}" for k, v in one["notes"].items()))
 
 
 def verify(folder: Path, manifest: dict) -> None:
@@ -382,6 +387,11 @@ def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dic
         rows_per_chunk=rows_per_chunk, sources=sources, files={})
 
 
+def set_files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
+                  if p.is_file() and not p.name.startswith("manifest.json"))
+
+
 def file_facts(folder: Path, names: list[str], work: Work) -> dict[str, dict]:
     """For the manifest: sha256 and, of those with rows, how many, of the files of a set."""
     width = work.row * np.dtype(work.dtype).itemsize
@@ -415,9 +425,7 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
             epochs=round(used / rows, 4), valid_rows=write_held_out(s, part, work, out),
             rows_left_out=max(0, rows - used)))
     manifest = manifest_of(recipe, work, sum(per_chunk), sources)
-    names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()
-                   and not p.name.startswith("manifest.json"))
-    return manifest | dict(files=file_facts(out, names, work))
+    return manifest | dict(files=file_facts(out, set_files(out), work))
 
 
 def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) -> None:
@@ -426,26 +434,17 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
     Amber published no held-out rows: of every source valid_rows are taken out of the first chunk,
     by seed. All chunks are made of one size, and what is more is left out, as Amber's trainer did.
     """
-    data, names, origin, stretches = work.config.data, [
-        one["name"] for one in manifest["sources"]], [], []
-    jobs = jobs_of(corpus, [k], 0, work)
-    for job, found in ordered(work.pool, rows_job, jobs, 2 * work.workers):
-        names += [name for name in found["labels"] if name not in names]
-        table, index = read_table(job.out), [names.index(name) for name in found["labels"]]
-        index = np.array(index, int)[table[:, 1]]
-        origin.append(np.stack([index, 0 * index, table[:, 2]], axis=1))
-        stretches.append(open_tokens(f"{job.out}.tokens", work.dtype).reshape(-1, work.row))
-        corpus.notes.update(found["notes"])
-    origin = np.concatenate(origin)  # (n, 3): source, epoch 0, line
+    data, names = work.config.data, [one["name"] for one in manifest["sources"]]
+    origin, stretches, notes = read_release(corpus, k, names, work)
     order = permutation(len(origin), data.seed, HELD_ORDER, k)
     held, used = np.zeros((2, len(origin)), bool)
     for s in range(len(names) if k == 0 else 0):
         held[order[origin[order, 0] == s][:data.valid_rows]] = True
     free = order[~held[order]]
     size = manifest["rows_per_chunk"] or data.rows_per_chunk or len(free)
-    if len(free) < size:
+    if len(free) < max(1, size):
         raise Stop(DATA, f"{corpus.files[k].path} has {len(origin)} rows, {held.sum()} held out: "
-                   f"fewer than {size} to train; give a smaller --rows_per_chunk")
+                   f"fewer than {max(1, size)} to train; give a smaller --rows_per_chunk")
     used[free[len(free) - size:]] = True
     files = [(chunk_name(k), used)] + [(valid_name(name), held & (origin[:, 0] == s))
                                        for s, name in enumerate(names) if k == 0]
@@ -460,7 +459,7 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
         sync(out / f"{name}.part")
         (out / f"{name}.part").rename(out / name)
     manifest["rows_per_chunk"] = size
-    for s, name in enumerate(names):
+    for s, name in enumerate(() if chunk_name(k) in manifest["files"] else names):  # counted once
         n = int((used & (origin[:, 0] == s)).sum())
         if s == len(manifest["sources"]):
             manifest["sources"].append(manifest["recipe"]["sources"][0] | dict(
@@ -469,7 +468,9 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
                 rows_left_out=0))
         one, all_rows = manifest["sources"][s], int((origin[:, 0] == s).sum())
         one.update(rows=one["rows"] + n, tokens=one["tokens"] + n * work.row,
-                   all_tokens=one["all_tokens"] + all_rows * work.row, notes=dict(corpus.notes),
+                   all_tokens=one["all_tokens"] + all_rows * work.row,
+                   notes={kind: one["notes"].get(kind, 0) + notes[kind]
+                          for kind in sorted({*one["notes"], *notes})},
                    rows_left_out=one["rows_left_out"] + all_rows - n)
     names = [name for name, _ in files]
     facts = file_facts(out, names + [f"provenance/{name}.npy" for name in names], work)
@@ -496,8 +497,7 @@ def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, c
             continue
         make_chunk(corpus, k, manifest, work, where)
         if not folder.exists():
-            names = [p.relative_to(out).as_posix() for p in out.rglob("*.*") if p.is_file()]
-            manifest["files"] |= file_facts(out, sorted(names), work)
+            manifest["files"] |= file_facts(out, set_files(out), work)
         write_sealed(where / "manifest.json", manifest)
         if not folder.exists():
             publish(out, folder)
@@ -514,14 +514,6 @@ def publish(out: Path, folder: Path) -> None:
         sync(path)
     out.rename(folder)
     sync(folder.parent)
-
-
-def leave_with_parent() -> None:
-    """End this worker when the process that it works for was killed."""
-    def wait() -> None:
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
@@ -549,8 +541,8 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
             say(f"{folder} is prepared already")
             return
     work_folder.mkdir(parents=True, exist_ok=True)
-    bill(config, corpora, part)
     try:
+        bill(config, corpora, part)
         tokenizer = choose_tokenizer(config, corpora, work_folder / f"{digest}.tokenizer")
         out, workers = part / digest, data.workers or os.cpu_count() or 1
         (out / "provenance").mkdir(parents=True, exist_ok=True)

@@ -380,7 +380,7 @@ def validate(model: Transformer, place: Place, manifest: dict, folder: Path, siz
     Bits per byte is a sum of nats over a sum of bytes, so that it does not depend on the tokenizer.
     """
     found = []
-    for source in manifest["sources"]:
+    for source in (one for one in manifest["sources"] if one["valid_rows"]):
         rows = open_rows(folder, manifest, valid_name(source["name"]))[place.rank::place.world]
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         for at in range(0, len(rows), micro):

@@ -20,11 +20,12 @@ _weights = {  # the other half of SlimPajama, 344.9B tokens
     "wikipedia": 0.012710859995188247,
 }
 sources = [one | dict(subset="odd", weight=_weights[one["name"]]) for one in _half] + [
-    # StarCoder, 582.5B tokens: two epochs of 291B, each with its own cuts. Of the documents 0.9 are
-    # rewritten to be filled in the middle. Gated: accept its terms, which ask for the newest
-    # version and so for no commit here; set HF_TOKEN.
+    # StarCoder, 582.5B tokens: two epochs of 291B, each with its own cuts; three are the limit, for
+    # two are asked to the last token. Of the documents 0.9 are rewritten to be filled in the
+    # middle. Gated: accept its terms, which ask for the newest version and so for no commit here;
+    # set HF_TOKEN.
     dict(name="starcoder", path="hf:datasets/bigcode/starcoderdata", files="*.parquet",
-         text_key="content", weight=0.6281175747315507, fim_rate=0.9, epochs=2,
+         text_key="content", weight=0.6281175747315507, fim_rate=0.9, epochs=3,
          licence="permissive, one per file; The Stack's terms of use"),
 ]
 

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ from configs import (CHECKPOINT, DATA, ENVIRONMENT, NAME, USAGE, Stop, read_seal
 HUB = "https://huggingface.co"
 SCHEMES = ("https://",)  # what a URL, also of a redirect, must begin with
 TIMEOUT = (10.0, 60.0)  # seconds, to connect and for each read
-HOPS, TRIES = 5, 8  # redirects; tries in a row that brought nothing
-PAUSE = 1.0  # seconds after the first of them, then doubled
+HOPS, TRIES, PAUSE = 5, 8, 1.0  # redirects; tries that bring nothing; seconds, then doubled
 LIMIT, LISTING, PAGES = 2**38, 64 * 10**6, 1000  # bytes of a file, of a listing's page; pages
 BLOCK = 1 << 20  # bytes read at once, at most
 WEIGHTS = (("*.safetensors", "*.safetensors.index.json"),
@@ -155,13 +153,9 @@ def facts(answer: requests.Response) -> tuple[int | None, str]:
 
 
 def asked_pause(answer: requests.Response | None) -> float:
-    """The seconds in Retry-After, or until the date there: at most 300."""
+    """The seconds in Retry-After, at most 300."""
     text = "" if answer is None else answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, min(300.0, int(text) if text.isdecimal() else
-                            parsedate_to_datetime(text).timestamp() - time.time()))
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
+    return min(300, int(text)) if re.fullmatch("[0-9]{1,9}", text) else 0  # a date: our own
 
 
 def persist(once: Callable[[], Any], url: str, kept: Callable[[], int] = lambda: 0) -> Any:
@@ -257,7 +251,7 @@ def attempt(remote: Remote, file: io.FileIO, note: Path, limit: int) -> None:
         if total not in (None, size) or (size or 0) > limit or (
                 remote.etag and etag not in ("", remote.etag)):
             file.truncate(0)
-            raise Stop(DATA, f"{shown(remote.url)} has {total} bytes, ETag {etag}; expected {size}, "
+            raise Stop(DATA, f"{shown(remote.url)} has {total} bytes, ETag {etag}; expected {size} "
                              f"{remote.etag}, at most {limit}: was it changed? none of it is kept")
         if not have:  # emptied before the note is written, so that the two never disagree
             file.truncate(0)
@@ -336,8 +330,8 @@ def hub_file(base: str, entry: dict) -> Remote:
     if type(size) is not int or size < 0 or not re.fullmatch(
             "[0-9a-f]{64}" if large else "[0-9a-f]{40}", digest):
         raise ValueError
-    name = check_name(entry["path"])
-    return Remote(name, f"{base}/{quote(name)}", size, **{"sha256" if large else "blob": digest})
+    name, known = check_name(entry["path"]), {"sha256" if large else "blob": digest}
+    return Remote(name, f"{base}/{quote(name)}", size, **known)
 
 
 def list_hub(repo: str, revision: str, pattern: str) -> tuple[str, list[Remote]]:
@@ -371,11 +365,9 @@ def list_hub(repo: str, revision: str, pattern: str) -> tuple[str, list[Remote]]
 def ask(url: str) -> Remote:
     """Size and ETag of one URL. Its name is the last part of its path."""
     name = check_name(unquote(re.split("[?#]", url)[0].rpartition("/")[2]))
-
     def once() -> Remote:
         with send("HEAD", url, {}, name) as answer:
-            size, etag = facts(answer)
-            return Remote(name, url, size, etag=etag)
+            return Remote(name, url, facts(answer)[0], etag=facts(answer)[1])
     return persist(once, url)
 
 
@@ -421,8 +413,8 @@ def pinned(repo: str, revision: str, pattern: str, folder: Path) -> tuple[str, l
     torn = {path.name, f"{path.name}.part", "hub.json.sha256.part"}  # killed before it was sealed
     if not old and folder.exists() and {file.name for file in folder.iterdir()} - torn:
         raise Stop(USAGE, f"{folder} holds other files, and no hub.json: choose another --to")
-    commit, files = list_hub(repo, old.get("commit", revision), pattern)
-    files = choose(repo, files, pattern)
+    commit, found = list_hub(repo, old.get("commit", revision), pattern)
+    files = choose(repo, found, pattern)
     if not old:
         folder.mkdir(parents=True, exist_ok=True)
         write_sealed(path, asked | {"commit": commit, "files": {

@@ -1,12 +1,12 @@
 """Files -> documents: what prepare.py reads, wherever it lies.
 
-    corpus = open_corpus(source, config.data, listing)  # what files there are, and which they are
-    file = at_hand(corpus, number, config.data)         # fetched, if it is somewhere else
+    corpus = open_corpus(source, config.data, listing, made)   # which files there are
+    file = at_hand(corpus, number, config.data)                # fetched, if it is elsewhere
     for line, begins, ends, parts in documents(span, corpus.kind, source, ...): ...
 
-A source is a file or a folder of .jsonl, .parquet and plain text or program text (.gz and .zst of
-the first and the last too), such files at https:// URLs or in a data set of Hugging Face's hub, or
-the standard library of the running Python, which is there without a download.
+A source is a file or a folder of .jsonl, .parquet and text (.gz and .zst of the first and the last
+too), such files at https:// or in a data set of Hugging Face's hub, or the standard library of the
+running Python, which is there without a download.
 """
 
 import ast
@@ -14,29 +14,28 @@ import codecs
 import collections
 import dataclasses
 import fnmatch
-import gzip
 import hashlib
 import io
 import json
 import re
-import sys
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
-from configs import DATA, ENVIRONMENT, USAGE, DataConfig, Source, Stop, sha256_file, write_atomic
+from tqdm import tqdm
+
+from configs import DATA, USAGE, DataConfig, Source, Stop, sha256_file, write_atomic
 from extras.fetch import Remote, ask, fetch, inside, list_hub, list_urls
+from extras.packed import PACKED, open_bytes, read_parquet, whole
 
 TEXT = (".txt .md .rst .tex .html .css .js .ts .py .ipynb .c .h .cc .cpp .hpp .cu .cs .java .go "
         ".kt .rs .rb .php .pl .lua .r .jl .hs .scala .swift .sh .sql").split()
-LINES = re.compile(r"\.jsonl(\.gz|\.zst)?", re.IGNORECASE)  # how the name of a file of lines ends
-PACKED = (".gz", ".zst", ".parquet")  # what can only be read from its beginning
+LINES = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)  # how the name of a file of lines ends
 DOWNLOADS = Path("data/downloads")
-PART = 1 << 20  # bytes or characters read at once
+PART = 1 << 19  # bytes or characters read at once
 LONGEST = 1 << 27  # characters of a line: a bomb of zeros is longer, and would fill the memory
 
 
@@ -47,7 +46,7 @@ class File:
     path: Path  # where it is, or will be
     size: int | None
     sha256: str
-    marks: tuple[tuple[int, int], ...] = ()  # (byte, line) where it may be cut, about one a MB
+    marks: tuple[tuple[int, int], ...] = ()  # (byte, line) where it may be cut, one in PART
     remote: Remote | None = None
 
 
@@ -119,9 +118,8 @@ def library_files(half: str) -> list[tuple[str, Path]]:
 
 
 def is_readable(name: str) -> bool:
-    name = name.lower()
-    return bool(LINES.search(name)) or name.endswith((".parquet", *TEXT)) or (
-        name.removesuffix(".gz").removesuffix(".zst").endswith(tuple(TEXT)))
+    bare = name.lower().removesuffix(".gz").removesuffix(".zst")
+    return bare.endswith((".jsonl", *TEXT)) or name.lower().endswith(".parquet")
 
 
 def choose(source: Source, names: Iterable[str]) -> list[str]:
@@ -176,9 +174,8 @@ def is_remote(source: Source) -> bool:
 def open_corpus(source: Source, data: DataConfig, listing: Path, made: bool) -> Corpus:
     """Find the files of a source, and check those that are here. Raises Stop(DATA).
 
-    What is elsewhere is listed once, into the file `listing`, and read from it from then on: a
-    preparation that goes on tomorrow goes on with the same revision. Of a set that is `made` the
-    listing is not written again: another source is no revision that it knows.
+    What is elsewhere is listed once, into the file `listing`: a preparation that goes on tomorrow
+    goes on with the same revision. That of a set that is `made` is not written again.
     """
     if is_remote(source):
         asked = dict(path=source.path, files=source.files, subset=source.subset)
@@ -190,17 +187,18 @@ def open_corpus(source: Source, data: DataConfig, listing: Path, made: bool) -> 
             chosen = set(choose(source, [one.name for one in found]))
             kept = dict(asked=asked, revision=revision, files=[
                 dataclasses.asdict(one) for one in found if one.name in chosen])
+            listing.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(listing, json.dumps(kept))
         root = DOWNLOADS / re.sub("[^A-Za-z0-9._-]+", "_", source.path.partition("@")[0]) / (
             kept["revision"][:12])
-        remotes = [Remote(**one) for one in kept["files"]]
         files = [File(one.name, inside(root, one.name), one.size, one.sha256 or one.blob, (), one)
-                 for one in remotes]
+                 for one in map(lambda facts: Remote(**facts), kept["files"])]
         return Corpus(source, files, "text", kept["revision"], collections.Counter())
     names, kind = find_files(source)
     corpus, revision = Corpus(source, [], kind, "", collections.Counter()), hashlib.sha256()
     with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
-        for file in pool.map(lambda one: look(File(*one, None, ""), corpus, data), names):
+        looked = pool.map(lambda one: look(File(*one, None, ""), corpus, data), names)
+        for file in tqdm(looked, f"look at {source.name}", len(names), disable=None):
             revision.update(f"{file.sha256}  {file.name}\n".encode())
             if file.size is not None:
                 corpus.files.append(file)
@@ -308,25 +306,6 @@ def clean(texts: Iterator[str], specials: list[str],
         yield text
 
 
-def missing(package: str, path: str) -> Stop:
-    return Stop(ENVIRONMENT, f"{path} is read by the package {package}, which is missing: pip "
-                f"install {package}, or nano360[data]")
-
-
-def open_bytes(path: str) -> BinaryIO:
-    """A file, unpacked as it is read."""
-    if path.lower().endswith(".gz"):
-        return gzip.open(path)
-    if path.lower().endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise missing("zstandard", path) from error
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(
-            open(path, "rb"), read_across_frames=True, closefd=True))
-    return open(path, "rb")
-
-
 def open_text(span: Span, encoding: str, newline: str) -> TextIO:
     """The text of a span. Bytes of a packed file that are no text become lone surrogates."""
     file = open_bytes(span.path)
@@ -340,14 +319,14 @@ def open_text(span: Span, encoding: str, newline: str) -> TextIO:
 
 def read_text(span: Span, encoding: str) -> Iterator[str]:
     """A text in parts; a CR is never parted from its LF."""
-    with open_text(span, encoding, "") as file:
+    with whole(span.path), open_text(span, encoding, "") as file:
         while part := file.read(PART):
             yield part + file.read(1) if part.endswith("\r") else part
 
 
 def read_lines(span: Span, encoding: str) -> Iterator[tuple[int, str]]:
     """(number, line) of a span of a file of lines; blank lines are passed over."""
-    with open_text(span, encoding, "\n") as file:
+    with whole(span.path), open_text(span, encoding, "\n") as file:
         number, cut_short = span.line, False
         while line := file.readline(LONGEST):
             if not cut_short and line.strip("\ufeff\r\n\t "):
@@ -373,24 +352,6 @@ def read_json(span: Span, data: DataConfig, notes: collections.Counter
                      f"{line[:80].strip()} (--max_bad_documents=N skips such lines)")
 
 
-def read_parquet(span: Span, columns: list[str]) -> Iterator[tuple[int, dict]]:
-    """(row from 1, object) of a .parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing("pyarrow", span.path) from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(span.path) as file:
-            has = file.schema_arrow.names
-            for batch in file.iter_batches(256, columns=[c for c in columns if c in has] or has):
-                for row in batch.to_pylist():
-                    yield (number := number + 1), row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise Stop(DATA, f"{span.path} is broken after row {number}: {error}") from error
-
-
 def texts_of(found: Iterator[tuple[int, dict]], span: Span, source: Source, data: DataConfig,
              notes: collections.Counter) -> Iterator[tuple[int, str]]:
     """(line, text) of the objects that are what the source asks for."""
@@ -411,32 +372,23 @@ def texts_of(found: Iterator[tuple[int, dict]], span: Span, source: Source, data
                      f"the line has {keys}; give --text_key=NAME")
 
 
-def damaged() -> tuple[type[Exception], ...]:
-    """What is raised by a packed file that is cut short or none."""
-    own = [packer.ZstdError] if (packer := sys.modules.get("zstandard")) else []
-    return EOFError, zlib.error, gzip.BadGzipFile, UnicodeError, *own
-
-
 def documents(span: Span, kind: str, source: Source, data: DataConfig, specials: list[str],
               notes: collections.Counter) -> Iterator[tuple[int, bool, bool, Iterator[str]]]:
     """(line, begins here, ends here, text in parts) of every document of a span, in order."""
     name, encoding = span.name.lower(), data.encoding if kind == "text" else "utf-8"
-    try:
-        if kind == "prose":
-            found = docstrings("".join(read_text(span, encoding)), span.name, notes)
-        elif name.endswith(".parquet"):
-            columns = [source.text_key or data.text_key, re.split("[.=]", source.where)[0]]
-            found = texts_of(read_parquet(span, columns), span, source, data, notes)
-        elif LINES.search(name):
-            found = texts_of(read_json(span, data, notes), span, source, data, notes)
-        else:
-            begins, ends = span.start == 0, span.end == span.size
-            yield 1, begins, ends, clean(read_text(span, encoding), specials, notes)
-            return
-        for line, text in found:
-            yield line, True, True, clean(iter([text]), specials, notes)
-    except damaged() as error:
-        raise Stop(DATA, f"{span.path} is damaged: {error}; fetch or copy it again") from error
+    if kind == "prose":
+        found = docstrings("".join(read_text(span, encoding)), span.name, notes)
+    elif name.endswith(".parquet"):
+        columns = [source.text_key or data.text_key, re.split("[.=]", source.where)[0]]
+        found = texts_of(read_parquet(span.path, columns), span, source, data, notes)
+    elif LINES.search(name):
+        found = texts_of(read_json(span, data, notes), span, source, data, notes)
+    else:
+        begins, ends = span.start == 0, span.end == span.size
+        yield 1, begins, ends, clean(read_text(span, encoding), specials, notes)
+        return
+    for line, text in found:
+        yield line, True, True, clean(iter([text]), specials, notes)
 
 
 def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:

@@ -3,7 +3,7 @@
     stream = tokenize(corpus, epoch, work)
     for first, rows in rows_of(segments(stream, held=False), work): ...
 
-A source is read in stretches: spans of its files, about one MB to 64. A worker writes the tokens of
+A source is read in stretches: spans of its files, half a MB to 64. A worker writes the tokens of
 one, a table of its documents and, last, what it found: a stretch that has all three is finished,
 and no kill makes it be done again. The stretches in their order are the source's stream of tokens,
 whatever worker wrote which. A source may ask that its documents be rewritten to be filled in the
@@ -17,9 +17,11 @@ import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from extras.tokenizers import Tokenizer, blocks, fim_ids, read_tokenizer
 
 BATCH = 1 << 16  # tokens a worker collects before it writes them
 BLOCK = 1 << 24  # tokens read at once when rows are dealt
+STRETCH = 1 << 19, 1 << 26  # bytes of text in a stretch: at least, at most
 IS_HELD, GOES_ON = 1, 2  # flags of a document: held out; began in an earlier stretch
 
 
@@ -51,6 +54,14 @@ class Job:
     row: int  # tokens of a row, for rows that are ready
     dtype: str
     out: str
+
+
+def leave_with_parent() -> None:
+    """End this worker when the process that it works for was killed."""
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def encode(coder: Tokenizer, text: str, first: bool) -> list[int]:
@@ -204,8 +215,6 @@ def rows_job(job: Job) -> dict:
     return writer.close(notes, list(labels))
 
 
-
-
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -268,7 +277,7 @@ def jobs_of(corpus: Corpus, numbers: Iterable[int], epoch: int, work: Work) -> I
     follows = [source.name, source.where, source.text_key or data.text_key, source.fim_rate, epoch,
                source.rows, corpus.kind, data.encoding, data.valid_share, data.seed, data.bos,
                work.dtype, work.row, spec]
-    size = min(max(1 << 20, sum(file.size or 0 for file in corpus.files) // 256), 1 << 26)
+    size = min(max(STRETCH[0], sum(f.size or 0 for f in corpus.files) // 256), STRETCH[1])
 
     def job(spans: list[tuple[int, str, Span]]) -> Job:
         places = [(sha256, span.name, span.start, span.end) for _, sha256, span in spans]
@@ -318,12 +327,36 @@ def tokenize(corpus: Corpus, epoch: int, work: Work) -> Stream:
             done_with(corpus, job, data)
             if stretch.table is not None:
                 break
-    if (bad := corpus.notes["bad"]) > data.max_bad_documents:
-        raise Stop(DATA, f"source {corpus.source.name}: {bad} documents cannot be read, "
-                   f"--max_bad_documents is {data.max_bad_documents}")
+    check_bad(corpus, data)
     if not stream.counts["documents"]:
         raise no_documents(corpus)
     return stream
+
+
+def check_bad(corpus: Corpus, data: DataConfig) -> None:
+    """What one stretch may have, all of them may have together."""
+    if (bad := corpus.notes["bad"]) > data.max_bad_documents:
+        raise Stop(DATA, f"source {corpus.source.name}: {bad} documents cannot be read, "
+                   f"--max_bad_documents is {data.max_bad_documents}")
+
+
+def read_release(corpus: Corpus, k: int, names: list[str], work: Work
+                 ) -> tuple[np.ndarray, list[np.ndarray], collections.Counter]:
+    """Of file k of a release: (source, epoch 0, line) of every row, (n, 3); the rows, stretch by
+    stretch; and what was noticed. A source is its place in `names`, which grow by those that are
+    new."""
+    origin, stretches, notes = [], [], collections.Counter()
+    jobs = jobs_of(corpus, [k], 0, work)
+    for job, found in ordered(work.pool, rows_job, jobs, 2 * work.workers):
+        names += [name for name in found["labels"] if name not in names]
+        table, index = read_table(job.out), [names.index(name) for name in found["labels"]]
+        index = np.array(index, int)[table[:, 1]]
+        origin.append(np.stack([index, 0 * index, table[:, 2]], axis=1))
+        stretches.append(open_tokens(f"{job.out}.tokens", work.dtype).reshape(-1, work.row))
+        notes.update(found["notes"])
+    corpus.notes.update(notes)
+    check_bad(corpus, work.config.data)
+    return np.concatenate(origin), stretches, notes
 
 
 def done_with(corpus: Corpus, job: Job, data: DataConfig) -> None:

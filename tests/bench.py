@@ -1,19 +1,25 @@
-"""How fast: generation against transformers', and the drawing of a 7B's weights.
+"""How fast: generation against transformers', tokenizing, and the drawing of a 7B's weights.
 
     python tests/bench.py sample          # generation against transformers' generate
+    python tests/bench.py tokenize        # text to rows, against the way of amber-data-prep
     python tests/bench.py init            # seconds of one core to draw the weights of a 7B
 
-`sample` runs both programs in this process, on the same weights, prompts and sampling options, in
-turn, so that a busy machine slows both, and compares medians; --pairs=N takes N of each. It needs
-transformers. Leaves nothing behind.
+The first two run all programs in one process, on the same input, in turn, so that a busy machine
+slows all, and compare medians; --pairs=N takes N of each. They need transformers. Leaves nothing
+behind.
 """
 
+import json
+import os
 import re
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -22,7 +28,12 @@ sys.path.insert(0, str(REPO))
 import torch  # noqa: E402
 
 from configs import USAGE, ModelConfig, Stop, load, run  # noqa: E402
+from extras.sources import open_corpus  # noqa: E402
+from extras.tokenizer_json import tokenizer_files  # noqa: E402
+from extras.tokenizers import Tokenizer, load_tokenizer, train_tokenizer  # noqa: E402
+from extras.tokens import Work, leave_with_parent  # noqa: E402
 from model import Transformer, class_of, draw, init_weights, tensor_classes  # noqa: E402
+from prepare import make, recipe_of  # noqa: E402
 
 PROMPT, NEW, TOP_K = 32, 256, 50
 SHAPES = [  # vocabulary, batch, type, the ratio that is asked for
@@ -75,6 +86,97 @@ def sample(pairs: int) -> None:
               f"{ratio:>6.2f}{wanted}", flush=True)
 
 
+def library(size: int) -> list[str]:
+    """Documents of at most 8,000 characters, `size` characters in all, of the standard library."""
+    root, found, total = Path(sysconfig.get_paths()["stdlib"]), [], 0
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "dist-packages"} & set(path.parts):
+            continue
+        text = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+        found += [part for at in range(0, len(text), 8000) if (part := text[at:at + 8000]).strip()]
+        total += len(text)
+    if total < size:
+        raise Stop(USAGE, f"this Python's library has {total / 1e6:.1f} MB, expected {size / 1e6}")
+    chosen, total = [], 0
+    for text in found[::2] + found[1::2]:
+        chosen.append(text)
+        if (total := total + len(text)) >= size:
+            return chosen
+    return chosen
+
+
+def tokenizer_of_32000(folder: Path) -> Path:
+    """LLaMA's tokenizer, which developers have, or one of its size and settings."""
+    llama = REPO.parent / "shared" / "data" / "tokenizer" / "llama_tokenizer.model"
+    if llama.is_file():
+        return llama
+    (folder / "made.model").write_bytes(train_tokenizer(iter(library(12_000_000)), 32000))
+    return folder / "made.model"
+
+
+def amber_way(texts: list[str], coder: Callable, eos: int, out: Path) -> None:
+    """What amber-data-prep does with one worker: a text at a time through a fast tokenizer of
+    transformers, lists that are joined, rows as lines of json."""
+    buffer: list[int] = []
+    with open(out, "w") as file:
+        for text in texts:
+            buffer = buffer + coder(text, add_special_tokens=False)["input_ids"] + [eos]
+            while len(buffer) >= 2049:
+                file.write(json.dumps({"token_ids": buffer[:2049], "source": "text"}) + "\n")
+                buffer = buffer[2049:]
+
+
+def our_way(argv: list[str], folder: Path, tokenizer: Tokenizer, pool: ProcessPoolExecutor) -> dict:
+    """All that prepare.py does, from the file of documents to rows, provenance and hashes."""
+    config = load(argv)[0]
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        part, out = Path(name), Path(name) / "set"
+        (part / "work").mkdir()
+        (out / "provenance").mkdir(parents=True)
+        (out / tokenizer.file).write_bytes(tokenizer.data)
+        corpora = [open_corpus(source, config.data, part / "listing", False)
+                   for source in config.data.sources]
+        work = Work(config, part, tokenizer, out / tokenizer.file, "uint16", pool, 2)
+        return make(corpora, recipe_of(config, corpora), work, out)
+
+
+def tokenize(pairs: int) -> None:
+    from transformers import PreTrainedTokenizerFast
+    texts = library(12_000_000)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        file = tokenizer_of_32000(folder)
+        tokenizer = load_tokenizer(file)
+        (folder / "tokenizer.json").write_bytes(tokenizer_files(tokenizer)["tokenizer.json"])
+        fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        (folder / "run.py").write_text(
+            (REPO / "configs/demo.py").read_text() + "n_chunks = 4\nrows_per_chunk = None\n"
+            f"seq_len = 2048\nvocab_size = 32000\ntokenizer = {str(file)!r}\n"
+            f"sources = [dict(name='text', path={str(folder / 'text.jsonl')!r})]\n")
+        raw = tokenizer.coder
+        with ProcessPoolExecutor(2, get_context("spawn"), leave_with_parent) as pool:
+            ways = {"ours, 2 processes": lambda: our_way([str(folder / "run.py")], folder,
+                                                         tokenizer, pool),
+                    "amber-data-prep's way": lambda: amber_way(texts, fast, 2, folder / "rows"),
+                    "sentencepiece alone, 2 threads": lambda: raw.encode(texts, num_threads=2)}
+            n_tokens = ways["ours, 2 processes"]()["sources"][0]["all_tokens"]  # and it is warm
+            assert n_tokens == sum(map(len, raw.encode(texts))) + len(texts)
+            rates = {way: [] for way in ways}
+            for _ in range(pairs):
+                for way, work in ways.items():
+                    rates[way].append(n_bytes / 1e6 / seconds(work))
+    print(f"{len(texts):,} documents, {n_bytes / 1e6:.1f} MB, {n_tokens:,} tokens of {file.name}, "
+          f"{os.cpu_count()} cores, median of {pairs} alternating runs")
+    ours = statistics.median(rates["ours, 2 processes"])
+    wanted = {"amber-data-prep's way": 2.4, "sentencepiece alone, 2 threads": 0.8}
+    print(f"{'ours, 2 processes':<32} {ours:6.2f} MB/s")
+    for way, least in wanted.items():
+        rate = statistics.median(rates[way])
+        print(f"{way:<32} {rate:6.2f} MB/s  ours / it: {ours / rate:.2f} (at least {least} wanted)")
+
+
 def init(pairs: int) -> None:
     """Every draw of a 7B, each tensor let go after it: 27 GB need not fit."""
     torch.set_num_threads(1)
@@ -95,7 +197,7 @@ def init(pairs: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    works = {"sample": sample, "init": init}
+    works = {"sample": sample, "tokenize": tokenize, "init": init}
     pairs = re.fullmatch("--pairs=([1-9][0-9]*)", argv[1] if len(argv) == 2 else "--pairs=5")
     if len(argv) not in (1, 2) or argv[0] not in works or not pairs:
         raise Stop(USAGE, f"expected one of {', '.join(works)} and, if you like, --pairs=N")

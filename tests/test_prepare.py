@@ -7,16 +7,26 @@ tiktoken themselves, with ast, with Philox from its paper.
 
 import ast
 import base64
+import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import sysconfig
+import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +38,12 @@ from hypothesis import strategies as st
 
 import configs
 import prepare
+import soak_prepare
 from configs import DATA, SECTIONS, USAGE, Stop
-from extras import sources, tokenizers
+from extras import sources, tokenizers, tokens
 from extras.tokenizer_json import tokenizer_files
 from extras.tokenizers import Tokenizer, load_tokenizer
+from extras.tokens import Writer
 from prepare import open_rows, permutation, read_manifest
 
 REPO = Path(prepare.__file__).parent
@@ -378,55 +390,142 @@ def test_the_demo_names_no_place_of_this_machine(demo):
 
 # ---- dealing, on made text -----------------------------------------------------------------------
 
-def packed(root: Path, model: Path) -> dict[str, list[list[int]]]:
-    """What preparing a folder should give, in the plainest way: name -> rows of 17 ids."""
-    coder = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.*")
-                   if p.suffix in (".txt", ".md", ".jsonl"))
-    names = [names[i] for i in order(len(names), 1337, 2**32 - 1, 0)]
-    docs = []
-    for name in names:
+def documents_of(root: Path, index: int) -> list[tuple[str, str]]:
+    """(FILE:LINE, text) of every document of a folder, in the order of its stream."""
+    names, docs = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.*")
+                         if p.suffix in (".txt", ".md", ".jsonl")), []
+    for name in [names[i] for i in order(len(names), 1337, 2**32 - 1, index)]:
         text = (root / name).read_text(encoding="utf-8")
         lines = text.split("\n") if name.endswith(".jsonl") else [json.dumps({"text": text})]
-        docs += [(f"1337/text/{name}:{number}", json.loads(line)["text"])
+        docs += [(f"{name}:{number}", json.loads(line)["text"])
                  for number, line in enumerate(lines, 1) if line]
-    streams, docs = {False: [], True: []}, [(place, text) for place, text in docs if text.strip()]
+    return [(place, text) for place, text in docs if text.strip()]
+
+
+def packer(coder, docs: list, name: str, index: int, T: int, overlap: bool = False
+           ) -> tuple[list, list]:
+    """The training and held-out rows that preparing a source should give, in the plainest way."""
+    streams = [], []
     for place, text in docs:
-        share = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") / 2**64
-        streams[len(docs) >= 100 and share < 0.05] += coder.encode(text) + [coder.eos_id()]
-    train, valid = ([s[i:i + 17] for i in range(0, len(s) - 16, 17)] for s in streams.values())
+        digest = hashlib.sha256(f"1337/{name}/{place}".encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        streams[len(docs) >= 100 and share < 0.05].extend(coder.encode(text) + [coder.eos_id()])
+    train, valid = ([s[i:i + T + 1] for i in range(0, len(s) - T, T + 1 - overlap)]
+                    for s in streams)
     if len(docs) < 100:
-        held = order(len(train), 1337, 2**32 - 2, 0)[:min(128, math.ceil(len(train) * 0.05))]
+        held = order(len(train), 1337, 2**32 - 2, index)[:min(128, math.ceil(len(train) * 0.05))]
         valid = [train[i] for i in sorted(held)]
         train = [row for i, row in enumerate(train) if i not in held]
-    used = len(train) // 2 * 2
-    return {"train_000.bin": train[0:used:2], "train_001.bin": train[1:used:2],
-            "valid_text.bin": valid[:128]}
+    return train, valid[:128]
 
 
-@pytest.mark.parametrize("documents", [40, 130])
-def test_an_independent_packer_gives_the_same_bytes(documents, tmp_path, monkeypatch, capsys):
-    """By 1, 2 and 3 workers, in batches of few documents and pieces of long ones; and again."""
-    monkeypatch.setattr(sources, "BLOCK", 5000)
-    monkeypatch.setattr(prepare, "BATCH", 5000)
+def chunks_of(trains: list[list], per_chunk: list[int], n_chunks: int) -> list[list]:
+    """The rows of every chunk: dealt in turn, the next epoch where one ends."""
+    return [[rows[i % len(rows)] for rows, n in zip(trains, per_chunk, strict=True)
+             for i in range(k, n * n_chunks, n_chunks)] for k in range(n_chunks)]
+
+
+def take_small_steps(patch: pytest.MonkeyPatch) -> None:
+    """Small stretches, parts of files and blocks of rows."""
+    patch.setattr(sources, "PART", 1000)
+    patch.setattr(tokens, "STRETCH", (3000, 1 << 26))
+    patch.setattr(tokens, "BATCH", 500)
+    patch.setattr(tokens, "BLOCK", 1000)
+
+
+@pytest.fixture
+def small_steps(monkeypatch) -> list[int]:
+    """So that small texts are many pieces of work; in how many spans their files were cut."""
+    take_small_steps(monkeypatch)
+    cut, spans = tokens.cut, []
+
+    def counted(*args):
+        found = cut(*args)
+        spans.append(len(found))
+        return found
+    monkeypatch.setattr(tokens, "cut", counted)
+    return spans
+
+
+@pytest.mark.parametrize("documents, overlap, by", [
+    (40, False, (1, 2)), (130, False, (1, 2, 3, 1)), (40, True, (1, 1)), (130, True, (1, 1))])
+def test_an_independent_packer_gives_the_same_bytes(documents, overlap, by, tmp_path, monkeypatch,
+                                                    capsys, small_steps):
+    """By 1, 2 and 3 workers, in small stretches, parts of files and blocks of rows; and again."""
     make_text(tmp_path / "text", documents)
     sets = []
-    for name, workers in (("one", 1), ("two", 2), ("three", 3), ("again", 1)):
-        root = tmp_path / name
+    for workers in by:
+        root = tmp_path / str(len(sets))
         root.mkdir()
         monkeypatch.chdir(root)
-        assert prepare_here(input="../text", dataset="set", workers=workers) == 0
+        assert prepare_here(input="../text", dataset="set", workers=workers,
+                            overlap=str(overlap).lower()) == 0
         sets.append(files_of(root / "data"))
-    assert sets[0] == sets[1] == sets[2] == sets[3]
+    assert all(one == sets[0] for one in sets)
+    assert max(small_steps) >= 5  # one .md was read in so many spans, each a stretch of its own
     made = Path("data/set")
-    expected = packed(tmp_path / "text", made / "tokenizer.model")
+    coder = sentencepiece.SentencePieceProcessor(model_file=str(made / "tokenizer.model"))
+    train, valid = packer(coder, documents_of(tmp_path / "text", 0), "text", 0, 16, overlap)
+    expected = {f"train_00{k}.bin": rows
+                for k, rows in enumerate(chunks_of([train], [len(train) // 2], 2))}
+    expected["valid_text.bin"] = valid
     assert sorted(expected) == sorted(p.name for p in made.glob("*.bin"))
     for file, rows in expected.items():
         assert sets[0][f"set/{file}"] == np.array(rows, "<u2").tobytes(), file
         assert rows, file
     one, = json.loads((made / "manifest.json").read_text())["sources"]
     assert (one["documents"], one["notes"]) == (documents, {"blank": 2})
+    assert sorted(sets[0]) == sorted(["set", "set/manifest.json", "set/manifest.json.sha256",
+                                      "set/provenance", *(f"set/{name}" for name in
+                                                          read_manifest(made)["files"])])
     capsys.readouterr()
+
+
+def mix_file(options: str = "", **mix: dict) -> Path:
+    """A run file with these sources, folders where we are unless a path is given."""
+    listed = ", ".join(f"dict(name={name!r}, path={keys.get('path', name)!r}, "
+                       + ", ".join(f"{k}={v!r}" for k, v in keys.items() if k != "path") + ")"
+                       for name, keys in mix.items())
+    Path("mix.py").write_text(f"{DEMO.read_text()}\nsources = [{listed}]\n{options}\n")
+    return Path("mix.py")
+
+
+def test_a_mix_by_llamas_tokenizer_is_the_same_by_any_number_of_workers(
+        tmp_path, monkeypatch, llama, shared, small_steps):
+    """A source of many documents, repeated, and one of few, partly used, against the packer."""
+    monkeypatch.setattr(sources, "PART", 30_000)
+    monkeypatch.setattr(tokens, "STRETCH", (50_000, 1 << 26))
+    monkeypatch.setattr(tokens, "BLOCK", 20_000)
+    wiki = (shared / "text/wikitext2_valid.txt").read_text(encoding="utf-8")[:300_000]
+    plays = (shared / "text/tinyshakespeare.txt").read_text(encoding="utf-8")[:250_000]
+    parts = [part for part in wiki[:200_000].split("\n") if part.strip()]
+    write(tmp_path / "wiki", {"a.jsonl": "".join(json.dumps(dict(text=t)) + "\n" for t in parts),
+                              "rest.txt": wiki[200_000:]})
+    write(tmp_path / "plays", {"one.txt": plays[:200_000], "two.md": plays[200_000:]})
+    sets, coder = [], sentencepiece.SentencePieceProcessor(model_proto=llama.data)
+    (tmp_path / "llama.model").write_bytes(llama.data)
+    for workers in (1, 2, 3, 1):
+        root = tmp_path / str(len(sets))
+        root.mkdir()
+        monkeypatch.chdir(root)
+        run_file = mix_file(wiki=dict(path="../wiki", weight=2), plays=dict(path="../plays"))
+        assert prepare_here(run_file, dataset="set", workers=workers, tokenizer="../llama.model",
+                            vocab_size=32000, seq_len=64, n_chunks=3, rows_per_chunk=1000) == 0
+        sets.append(files_of(root / "data"))
+    assert sets[0] == sets[1] == sets[2] == sets[3] and max(small_steps) >= 4
+    made = [packer(coder, documents_of(tmp_path / name, s), name, s, 64)
+            for s, name in enumerate(("wiki", "plays"))]
+    manifest, per_chunk = json.loads(sets[0]["set/manifest.json"]), [667, 333]
+    assert [one["rows_per_chunk"] for one in manifest["sources"]] == per_chunk
+    for k, rows in enumerate(chunks_of([train for train, _ in made], per_chunk, 3)):
+        assert sets[0][f"set/train_00{k}.bin"] == np.array(rows, "<u2").tobytes()
+        origin = np.load(f"data/set/provenance/train_00{k}.bin.npy")
+        assert np.bincount(origin[:, 0]).tolist() == per_chunk
+    for name, (train, valid), one in zip(("wiki", "plays"), made, manifest["sources"], strict=True):
+        assert sets[0][f"set/valid_{name}.bin"] == np.array(valid, "<u2").tobytes()
+        assert len(valid) > 5 and one["rows"] == len(train)
+    assert manifest["sources"][0]["epochs"] > 1 > manifest["sources"][1]["epochs"]
+    assert len(parts) > 100  # so that documents are held out of the one, rows of the other
 
 
 def test_fewer_than_100_documents_hold_out_rows_and_100_hold_out_documents(
@@ -478,6 +577,115 @@ def test_two_sources_are_mixed_by_weight_and_repeated(tmp_path, monkeypatch, mod
     for epoch in range(20 // n):
         assert len(set(used[used[:, 1] == epoch, 2])) == n
         assert Path(f"data/mix/provenance/few_epoch_{epoch}.npy").is_file()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_realised_shares_are_those_asked_for(seed, tmp_path, monkeypatch, model_file):
+    """Within half a percent in every chunk, and every epoch of a source is gone through whole."""
+    monkeypatch.chdir(tmp_path)
+    dice, n_chunks = random.Random(seed), 2
+    mix = {f"s{i}": dict(weight=round(math.exp(dice.uniform(0, 4)), 3))
+           for i in range(dice.randint(2, 6))}
+    for i, name in enumerate(mix):
+        write(Path(name), {"a.txt": story(dice.randint(60, 900), i)})
+    assert prepare_here(mix_file(**mix), seq_len=4, rows_per_chunk=500, tokenizer=model_file,
+                        dataset="mix") == 0
+    manifest, total = read_manifest(Path("data/mix")), sum(one["weight"] for one in mix.values())
+    origins = [np.load(f"data/mix/provenance/train_00{k}.bin.npy") for k in range(n_chunks)]
+    for s, one in enumerate(mix.values()):
+        found = [int((origin[:, 0] == s).sum()) for origin in origins]
+        assert found == [manifest["sources"][s]["rows_per_chunk"]] * n_chunks
+        assert abs(found[0] / 500 - one["weight"] / total) < 0.005
+        used = np.concatenate([origin[origin[:, 0] == s] for origin in origins])
+        epochs = np.bincount(used[:, 1])
+        assert set(epochs[:-1]) <= {manifest["sources"][s]["rows"]} and epochs[-1] <= max(epochs)
+        assert len(np.unique(used, axis=0)) == len(used)
+    assert [len(origin) for origin in origins] == [500, 500]
+
+
+def test_how_often_a_source_may_be_repeated(tmp_path, monkeypatch, model_file, capsys):
+    """Up to its epochs, or 100 times; by one row more it is refused, with what was asked for."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("few"), {"a.txt": story(300, 3)})
+    options = dict(tokenizer=model_file, n_chunks=1)
+    assert prepare_here(mix_file(few={}), dataset="once", **options) == 0
+    n = read_manifest(Path("data/once"))["sources"][0]["rows"]
+    for epochs, limit in ((2, 2), (None, 100)):
+        run_file = mix_file(few=dict(epochs=epochs))
+        name = f"up_to_{limit}"
+        assert prepare_here(run_file, rows_per_chunk=n * limit, dataset=name, **options) == 0
+        assert read_manifest(Path(f"data/{name}"))["sources"][0]["epochs"] == limit
+        shutil.rmtree(f"data/{name}")
+        capsys.readouterr()
+        for rows in (n * limit + 1, n * limit * 12 + 3):
+            assert prepare_here(run_file, rows_per_chunk=rows, dataset=name, **options) == DATA
+            err = capsys.readouterr().err
+            assert f"source few has {n} rows and would be repeated {rows / n:,.2f} times" in err
+            assert f"the limit is {limit};" in err and len(err.splitlines()) == 1
+            assert not Path(f"data/{name}").exists()
+
+
+@pytest.mark.parametrize("documents", [40, 130])
+def test_two_epochs_are_the_same_rows_twice(documents, tmp_path, monkeypatch, model_file,
+                                            small_steps):
+    """Where no rows_per_chunk is asked for, a source gives its epochs; no rewriting, one stream."""
+    monkeypatch.chdir(tmp_path)
+    make_text(Path("text"), documents)
+    assert prepare_here(mix_file(text=dict(epochs=2)), tokenizer=model_file, dataset="demo") == 0
+    one, = read_manifest(Path("data/demo"))["sources"]
+    assert (one["epochs"], one["rows_per_chunk"], one["rows_left_out"]) == (2, one["rows"], 0)
+    coder = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    train, valid = packer(coder, documents_of(Path("text"), 0), "text", 0, 16)
+    chunks = chunks_of([train], [len(train)], 2)
+    for k, rows in enumerate(chunks):
+        assert np.array_equal(np.fromfile(f"data/demo/train_00{k}.bin", "<u2"), np.ravel(rows))
+    assert sorted(chunks[0] + chunks[1]) == sorted(train * 2)
+    assert np.array_equal(np.fromfile("data/demo/valid_text.bin", "<u2"), np.ravel(valid))
+    tables = [np.load(f"data/demo/provenance/text_epoch_{e}.npy") for e in (0, 1)]
+    assert np.array_equal(*tables) and not Path("data/demo/provenance/text_epoch_2.npy").exists()
+
+
+@pytest.fixture
+def jobs_done(monkeypatch) -> list[str]:
+    """The stretches that this process made, none that it found finished."""
+    done, read = [], tokens.read_tokenizer
+
+    def counted(*args):
+        done.append(args[0])
+        return read(*args)
+    monkeypatch.setattr(tokens, "read_tokenizer", counted)
+    return done
+
+
+def test_a_source_ends_with_the_document_that_reaches_its_max_tokens(
+        tmp_path, monkeypatch, model_file, small_steps, jobs_done):
+    """Its documents are in rows and tables, none after it is, and no more text is read."""
+    monkeypatch.chdir(tmp_path)
+    make_text(Path("text"), 130)
+    coder, docs = sentencepiece.SentencePieceProcessor(model_file=str(model_file)), documents_of(
+        Path("text"), 0)
+    ends = np.cumsum([len(coder.encode(text)) + 1 for _, text in docs]).tolist()
+    limits, read = [ends[0], ends[0] + 1, ends[9], ends[60] - 1, ends[60], ends[60] + 1,
+                    ends[-2], ends[-2] + 1, ends[-1], 10**9], []
+    for limit in limits:
+        jobs_done.clear()
+        assert prepare_here(mix_file(text=dict(max_tokens=limit)), tokenizer=model_file, seq_len=3,
+                            n_chunks=1, dataset=f"d{limit}") == 0
+        n = min(int(np.searchsorted(ends, limit)) + 1, len(docs))
+        made = Path(f"data/d{limit}")
+        one, = read_manifest(made)["sources"]
+        assert (one["documents"], one["all_tokens"]) == (n, ends[n - 1])
+        assert one["bytes"] == sum(len(text.encode()) for _, text in docs[:n])
+        train, valid = packer(coder, docs[:n], "text", 0, 3)
+        for file, rows in (("train_000.bin", train), ("valid_text.bin", valid)):
+            assert np.fromfile(made / file, "<u2").reshape(-1, 4).tolist() == rows
+        files = json.loads((made / "provenance/text_files.json").read_text())
+        tables = [np.load(made / f"provenance/text_{name}.npy") for name in
+                  (("epoch_0", "held_out") if n >= 100 else ("epoch_0",))]
+        assert sorted(f"{files[f]}:{line}" for table in tables for _, f, line in table) == sorted(
+            place for place, _ in docs[:n])
+        read.append(len(jobs_done))
+    assert read == sorted(read) and read[0] < read[4] < read[-1] and read[-1] > 10
 
 
 def test_a_weight_too_small_for_one_row_is_named(tmp_path, monkeypatch, capsys, model_file):
@@ -577,13 +785,14 @@ def tokenizer(request, model_file, ranks_file) -> Tokenizer:
 
 
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 40)  # every half of it holds a place to cut
+    monkeypatch.setattr(tokenizers, "BLOCK", 40)  # every half of it holds a place to cut
+    monkeypatch.setattr(tokenizer, "block", 20)
     whole, cuts = pair(tokenizer), []
 
     @EXAMPLES
     @given(SPACED)
     def check(text):
-        pieces = list(sources.blocks([text]))
+        pieces = list(tokenizers.blocks([text], 20))
         assert "".join(pieces) == text and all(0 < len(piece) <= 40 for piece in pieces)
         assert tokenizer.encode(text) == whole(text)
         cuts.append(max(0, len(pieces) - 1))
@@ -591,21 +800,69 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tokenizer, monkeypatch):
     assert sum(cuts) > 400  # it was cut
 
 
-def test_pieces_do_not_depend_on_how_the_text_arrives(monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 40)
+@pytest.mark.parametrize("size", [7, 40])
+def test_pieces_do_not_depend_on_how_the_text_arrives(size, monkeypatch):
+    monkeypatch.setattr(tokenizers, "BLOCK", 40)
 
     @EXAMPLES
     @given(st.lists(ANY, max_size=12))
     def check(parts):
-        pieces = list(sources.blocks(parts))
-        assert pieces == list(sources.blocks(["".join(parts)])) and "" not in pieces
+        pieces = list(tokenizers.blocks(parts, size))
+        assert pieces == list(tokenizers.blocks(["".join(parts)], size)) and "" not in pieces
         assert "".join(pieces) == "".join(parts) and all(len(p) <= 40 for p in pieces)
     check()
 
 
+def test_a_file_in_spans_has_the_ids_of_the_whole(tokenizer, tmp_path, monkeypatch):
+    """Whatever parts of it are looked at, a text is cut only where no token crosses."""
+    whole, spans, path = pair(tokenizer), [], tmp_path / "a.txt"
+    source, data = configs.Source(name="a", path="a.txt"), configs.DataConfig(
+        dataset="a", n_chunks=1)
+    corpus = sources.Corpus(source, [], "text", "", collections.Counter())
+    job = types.SimpleNamespace(source=source, data=data)
+
+    @EXAMPLES
+    @given(SPACED, st.integers(4, 40), st.integers(4, 40))
+    def check(text, part, size):
+        monkeypatch.setattr(sources, "PART", part)
+        text = text.replace("\n", "\r\n") if part % 2 else text
+        path.write_bytes(text.encode())
+        file = sources.look(sources.File("a.txt", path, None, ""), corpus, data)
+        cut, ids = sources.cut(file, corpus, size), []
+        assert [span.start for span in cut[1:]] == [span.end for span in cut[:-1]]
+        for span in cut:
+            (line, begins, ends, texts), = sources.documents(span, "text", source, data, [],
+                                                             collections.Counter())
+            assert (line, begins, ends) == (1, span is cut[0], span is cut[-1])
+            ids += [i for part, _ in tokens.encode_document(tokenizer, job, "", begins, ends, texts)
+                    for i in part]
+        assert ids == whole(text.replace("\r\n", "\n")) + [tokenizer.eos]
+        spans.append(len(cut))
+    check()
+    assert sum(spans) > 2 * len(spans)  # it was cut
+
+
+@pytest.mark.parametrize("size", [1, 60, 5000])
+def test_lines_of_a_file_in_spans_keep_their_numbers(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PART", 50)
+    lines = [json.dumps(dict(text=story(1 + i % 9, i))) if i % 5 else "" for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source, data = configs.Source(name="a", path="a"), configs.DataConfig(dataset="a", n_chunks=1)
+    corpus = sources.Corpus(source, [], "text", "", collections.Counter())
+    file = sources.look(sources.File("a.jsonl", tmp_path / "a.jsonl", None, ""), corpus, data)
+    cut = sources.cut(file, corpus, size)
+    found = [(line, "".join(texts)) for span in cut for line, begins, ends, texts in
+             sources.documents(span, "text", source, data, [], collections.Counter())
+             if begins and ends]
+    assert found == [(n, json.loads(line)["text"]) for n, line in enumerate(lines, 1) if line]
+    assert (len(cut) > 20) == (size < 100)
+
+
 def test_no_cut_between_a_blank_and_its_mark(model_file, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 40)
+    monkeypatch.setattr(tokenizers, "BLOCK", 60)
     tokenizer, text = load_tokenizer(model_file), "a" * 38 + "▁ b" + " b" * 30
+    monkeypatch.setattr(tokenizer, "block", 38)
+    assert len(list(tokenizers.blocks([text], 38))) == 3
     assert tokenizer.encode(text) == pair(tokenizer)(text)
 
 
@@ -866,7 +1123,7 @@ class Case:
 CASES = [  # users.md, section 5
     # 10: source missing, empty folder, no matching files
     Case("missing", options=dict(input="nowhere"), said=("nowhere", "not found", ".txt .md .py")),
-    Case("empty", said=("source text", "an empty folder", ".txt .md .py .jsonl")),
+    Case("empty", said=("source text", "an empty folder", ".jsonl .parquet .txt .md .py")),
     Case("no match", {"a.csv": "x", "b/c.pdf": "y"}, said=("a.csv", "c.pdf", ".jsonl")),
     Case("file of no kind", {"a.csv": "x"}, dict(input="text/a.csv"), said=("a.csv", ".jsonl")),
     # 11: nothing in it
@@ -985,17 +1242,24 @@ def test_bad_inputs(case, tmp_path, monkeypatch, capfd, model_file, ranks_file, 
         assert [path.name for path in Path("data").iterdir()] == ["demo"]
 
 
-@pytest.mark.parametrize("files, options", [
-    ({"a.txt": "ban do ki"}, dict(tokenizer="MODEL")), ({"a.jsonl": "[1"}, {}),
-    ({"a.txt": GOOD}, dict(vocab_size=4096))], ids=["too little text", "broken json", "vocab"])
-def test_an_error_leaves_nothing_behind(files, options, tmp_path, monkeypatch, model_file):
+@pytest.mark.parametrize("files, options, stretches", [
+    ({"a.txt": "ban do ki"}, dict(tokenizer="MODEL"), 1), ({"a.jsonl": "[1"}, {}, 0),
+    ({"a.jsonl": "[1"}, dict(tokenizer="MODEL"), 0), ({"a.txt": GOOD}, dict(vocab_size=4096), 0),
+    ({"a.txt": GOOD, "b.txt": b"\xff"}, dict(tokenizer="MODEL"), 0)],
+    ids=["too little text", "broken json, bpe", "broken json", "vocab", "not utf-8"])
+def test_an_error_leaves_finished_stretches_or_nothing(
+        files, options, stretches, tmp_path, monkeypatch, model_file):
     monkeypatch.chdir(tmp_path)
     write(Path("text"), files)
     Path("data").mkdir()
     before = files_of(Path("."))
     options = {k: model_file if v == "MODEL" else v for k, v in options.items()}
     assert prepare_here(input="text", **options) == DATA
-    assert files_of(Path(".")) == before
+    after = files_of(Path("."))
+    part = [name for name in after if name.startswith("data/demo.part")]
+    assert len([name for name in part if name.endswith(".json")]) == stretches
+    assert bool(part) == (stretches > 0)
+    assert {k: v for k, v in after.items() if k not in part} == before  # no lock, no data/demo
 
 
 def prepared_text(files: dict, monkeypatch, root: Path, **options) -> tuple[str, dict]:
@@ -1046,7 +1310,8 @@ def test_the_byte_that_is_not_text_is_found_in_any_part(tmp_path, monkeypatch):
             bad = None
         except UnicodeDecodeError as error:
             bad = error.start
-        assert sources.scan(path, "utf-8") == (hashlib.sha256(start + end).hexdigest(), bad)
+        found = sources.scan(path, "utf-8")
+        assert found[:2] == (hashlib.sha256(start + end).hexdigest(), bad)
     check()
 
 
@@ -1079,6 +1344,269 @@ def test_what_a_killed_preparation_left_is_no_obstacle(tmp_path, monkeypatch, mo
     assert prepare_here(input="text", tokenizer=model_file) == 0
     assert [p.name for p in Path("data").iterdir()] == ["demo"]
     assert not [name for name in files_of(Path("data/demo")) if name.endswith(("x.npy", "7.bin"))]
+
+
+# ---- kills, full disks, two at once -------------------------------------------------------------
+
+MIX = dict(rows_per_chunk=900, n_chunks=3, vocab_size=300)
+
+
+def make_mix(root: Path) -> Path:
+    """A run file of two sources, one with documents held out, one with rows and many epochs."""
+    make_text(root / "many", 130)
+    write(root / "few", {"a.txt": story(150, 3), "b.md": story(150, 4)})
+    return mix_file(many=dict(path=str(root / "many"), weight=3), few=dict(path=str(root / "few")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, bytes | None], int]:
+    """The folder of the mix's text, data/ as it should be, and the number of stretches."""
+    root, done = tmp_path_factory.mktemp("mix"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        take_small_steps(patch)
+        patch.setattr(tokens, "Writer", lambda *args: done.append(args) or Writer(*args))
+        assert prepare_here(make_mix(root), dataset="set", **MIX) == 0
+    few = read_manifest(root / "data/set")["sources"][1]
+    assert few["epochs"] > 3 and few["valid_rows"] > 0
+    return root, files_of(root / "data"), len(done)
+
+
+def forked(go_wrong: Callable[[], object], **options) -> int:
+    """The process id of a prepare.py in which something goes wrong; `said` gets its stderr."""
+    if pid := os.fork():
+        return pid
+    try:
+        sys.stderr = open("said", "w", buffering=1)
+        go_wrong()
+        os._exit(prepare_here(Path("mix.py"), **(MIX | dict(dataset="set") | options)))
+    finally:
+        os._exit(1)
+
+
+def ended(pid: int) -> tuple[int, str]:
+    """The exit code of a process and what it said, its file removed."""
+    code, said = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), Path("said").read_text()
+    Path("said").unlink()
+    return code, said
+
+
+def die_at(place: object, name: str, end: str, number: int, after: bool) -> None:
+    """End this process, as a kill does, in a call of a function whose first argument ends so."""
+    old, seen = getattr(place, name), []
+
+    def new(*args, **keys):
+        seen.append(str(args[0]).endswith(end))
+        last = seen[-1] and sum(seen) == number
+        if last and not after:
+            os._exit(9)
+        found = old(*args, **keys)
+        if last:
+            os._exit(9)
+        return found
+    setattr(place, name, new)
+
+
+POINTS = [  # the function, what its first argument ends in, the how manyth call, after it?
+    (tokenizers, "write_atomic", ".tokenizer", 1, False),
+    (tokenizers, "write_atomic", ".tokenizer", 1, True),
+    (tokens, "write_atomic", ".json", 1, False), (tokens, "write_atomic", ".json", 7, False),
+    (tokens, "write_atomic", ".json", 7, True),
+    (prepare, "write_atomic", "dealt.json", 1, False),
+    (prepare, "write_atomic", "dealt.json", 5, False),
+    (prepare, "write_atomic", "dealt.json", 20, True), (prepare, "write_origins", "", 1, False),
+    (np, "save", "train_001.bin.npy", 1, False), (prepare, "file_facts", "", 1, True),
+    (configs, "write_atomic", "manifest.json", 1, False),
+    (configs, "write_atomic", "manifest.json", 1, True),
+    (configs, "write_atomic", "manifest.json.sha256", 1, True),
+    (prepare, "sync", "manifest.json", 1, True), (prepare, "sync", "data", 1, False),
+    (shutil, "rmtree", "set.part", 1, False)]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda p: " ".join(map(str, [*p[1:4], p[4] * "after"])
+                                                                 ).strip())
+def test_killed_anywhere_a_preparation_goes_on(point, undisturbed, tmp_path, monkeypatch,
+                                               small_steps, jobs_done):
+    """To the same bytes, and without doing a finished stretch again."""
+    root, should, stretches = undisturbed
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "mix.py", "mix.py")
+    monkeypatch.setattr(prepare, "SYNC_EVERY", 1)
+    code, said = ended(forked(lambda: die_at(*point)))
+    assert code == 9, said
+    left = files_of(Path("data"))
+    assert "set.lock" in left and ("set" in left or "set.part" in left)
+    names = {name.partition(".json")[0] for name in left if name.endswith(".json")}
+    finished = [name for name in names if f"{name}.tokens" in left]
+    assert prepare_here(Path("mix.py"), dataset="set", **MIX) == 0
+    assert files_of(Path("data")) == should  # and neither a lock nor a .part
+    made = "set" in left or any(name.endswith("manifest.json.sha256") for name in left)
+    assert len(jobs_done) == (0 if made else stretches - len(finished))
+
+
+def test_a_stretch_that_was_damaged_is_made_again(undisturbed, tmp_path, monkeypatch, small_steps,
+                                                  jobs_done):
+    """Finished ones are compared with their hash; another recipe takes what is the same in both."""
+    root, should, stretches = undisturbed
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "mix.py", "mix.py")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "deal", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_here(Path("mix.py"), dataset="set", **MIX)
+        assert len(jobs_done) == stretches
+        with pytest.raises(ZeroDivisionError):  # the same stretches, another way to deal them
+            prepare_here(Path("mix.py"), dataset="set", **(MIX | dict(n_chunks=2)))
+        assert len(jobs_done) == stretches
+    found = sorted(Path("data/set.part/work").glob("*.tokens"))
+    for path, change in zip(found[::3], itertools.cycle((
+            lambda b: b[:-2], lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: None)), strict=False):
+        if (content := change(path.read_bytes())) is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+    found[1].with_suffix(".docs").write_bytes(b"")
+    jobs_done.clear()
+    assert prepare_here(Path("mix.py"), dataset="set", **MIX) == 0
+    assert len(jobs_done) == len(found[::3]) + 1 and files_of(Path("data")) == should
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+def test_dealing_goes_on_where_it_was_noted(overlap, undisturbed, tmp_path, monkeypatch,
+                                            small_steps):
+    """At every note, with all that was written after the one before it lost."""
+    root, should, _ = undisturbed
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "mix.py", "mix.py")
+    monkeypatch.setattr(prepare, "SYNC_EVERY", 3000)
+    options = MIX | dict(dataset="set", overlap=str(overlap).lower())
+    if overlap:
+        assert prepare_here(Path("mix.py"), **options) == 0
+        should = files_of(Path("data"))
+        shutil.rmtree("data")
+    note, saved, notes = prepare.write_atomic, {}, []
+
+    def killed(path, text):
+        """The disk has what was there at the last note; the machine dies at the next but one."""
+        notes.append(json.loads(text)["at"])
+        chunks = sorted(path.parents[1].glob("*/train_*.bin"))
+        if len(notes) % 3 == 0:
+            for chunk in chunks:
+                chunk.write_bytes(saved[chunk])
+            raise KeyboardInterrupt
+        note(path, text)
+        saved.update({chunk: chunk.read_bytes() for chunk in chunks})
+    monkeypatch.setattr(prepare, "write_atomic", killed)
+    codes = []
+    while 0 not in codes:
+        codes.append(prepare_here(Path("mix.py"), **options))
+    assert set(codes) == {130, 0} and len(codes) > 8
+    assert files_of(Path("data")) == should
+    assert {s for s, _ in notes} == {0, 1} and notes == sorted(notes)
+    assert len(notes) == len({(s, i) for s, i in notes}) + len(codes) - 1  # made again, in place
+
+
+def test_killed_at_any_moment_a_preparation_goes_on(tmp_path):
+    """As a user runs it, with two workers, which do not outlive it."""
+    make_text(tmp_path / "many", 2000)
+    (tmp_path / "mix.py").write_text(
+        DEMO.read_text() + "sources = [dict(name='many', path='many')]\nworkers = 2\n"
+        "vocab_size = 300\nseq_len = 16\nn_chunks = 3\nrows_per_chunk = 10_000\n")
+    argv = ("mix.py", "--dataset=set")
+    began = time.perf_counter()
+    soak_prepare.finish(soak_prepare.start(tmp_path, *argv))
+    whole = time.perf_counter() - began
+    should = files_of(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    for share in (0.5, 0.7, 0.85, 0.95):
+        with soak_prepare.start(tmp_path, *argv) as killed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                killed.wait(whole * share)
+            killed.kill()
+        soak_prepare.wait_for_workers(tmp_path)
+    soak_prepare.finish(soak_prepare.start(tmp_path, *argv))
+    assert files_of(tmp_path / "data") == should
+
+
+def test_two_at_once_are_refused_and_a_lock_of_the_dead_is_not(undisturbed, tmp_path, monkeypatch,
+                                                               capsys, small_steps):
+    root, should, _ = undisturbed
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "mix.py", "mix.py")
+    other = forked(lambda: setattr(prepare, "make", lambda *_: (
+        Path("data/here").touch(), time.sleep(60))))
+    while not Path("data/here").exists():
+        assert os.waitpid(other, os.WNOHANG)[0] == 0, Path("said").read_text()
+        time.sleep(0.01)
+    Path("data/here").unlink()
+    before = files_of(Path("."))
+    assert prepare_here(Path("mix.py"), dataset="set", **MIX) == configs.CHECKPOINT
+    err = capsys.readouterr().err
+    assert f"data/set is in the hands of process {other} on " in err
+    assert len(err.splitlines()) == 1 and files_of(Path(".")) == before
+    assert configs.is_locked(Path("data/set"))
+    assert prepare_here(Path("mix.py"), dataset="another", **MIX) == 0  # in other hands
+    os.kill(other, signal.SIGKILL)
+    assert ended(other)[0] == -signal.SIGKILL
+    assert Path("data/set.lock").is_file() and not configs.is_locked(Path("data/set"))
+    shutil.rmtree("data/another")
+    assert prepare_here(Path("mix.py"), dataset="set", **MIX) == 0
+    assert files_of(Path("data")) == should and not configs.is_locked(Path("data/set"))
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+        undisturbed, tmp_path, monkeypatch, capsys, small_steps):
+    root, should, _ = undisturbed
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "mix.py", "mix.py")
+    Path("data").mkdir()
+    usage = types.SimpleNamespace(free=1000)
+    for finished in (False, True):
+        if finished:  # what an earlier attempt left
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(prepare, "deal", lambda *_: 1 / 0)
+                prepare_here(Path("mix.py"), dataset="set", **MIX)
+        before = files_of(Path("."))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: usage)
+            capsys.readouterr()
+            assert prepare_here(Path("mix.py"), dataset="set", **MIX) == configs.CHECKPOINT
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and re.search("data has 1.00 ?kB free", err)
+        assert re.search("about [0-9.]+ ?kB are needed", err) and "what is finished stays" in err
+        assert files_of(Path(".")) == before
+    assert prepare_here(Path("mix.py"), dataset="set", **MIX) == 0
+    assert files_of(Path("data")) == should
+
+
+@pytest.mark.parametrize("limit, workers, at", [
+    (8_000, 1, "*.tokens"), (30_000, 2, "*.docs"), (30_000, 1, "train_000.bin")])
+def test_a_disk_that_fills_up_is_one_line_and_the_rest_is_made_later(
+        limit, workers, at, undisturbed, tmp_path, monkeypatch, small_steps):
+    """No file may grow beyond the limit: a stretch cannot be written, or a chunk."""
+    root, should, _ = undisturbed
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "mix.py", "mix.py")
+    code, err = ended(forked(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+                             workers=workers))
+    assert code == configs.CHECKPOINT and len(err.splitlines()) == 1, err
+    assert err.startswith("error: ") and "File too large" in err
+    assert list(Path("data/set.part").rglob(at))
+    assert not Path("data/set").exists() and not Path("data/set.lock").exists()
+    assert prepare_here(Path("mix.py"), dataset="set", **MIX) == 0
+    assert files_of(Path("data")) == should
+
+
+def test_words_beside_hub_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argv in (["--hub=a/b", "--to=x", "configs/demo.py"], ["demo.py", "--hub=a/b"],
+                 ["--hub=a/b"], ["--hub=a/b", "--to="], ["--hub=a/b", "--to=x", "--seq_len=3"]):
+        assert configs.run(prepare.main, "", [prepare.HubOptions], argv) == USAGE
+    err = capsys.readouterr().err.splitlines()
+    assert "expected --hub=REPO --to=DIR alone, got 'configs/demo.py'" in err[0]
+    assert "'demo.py'" in err[1] and "'to'" in err[2] and "--to" in err[3] and "seq_len" in err[4]
+    assert not files_of(Path("."))
 
 
 # ---- what its readers check ----------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_what_a_stage_reads():
     assert "github" not in three
     code = [two["starcoder"], three["starcoder"], *(three[n] for n in WEIGHTS[2] if n in (
         "css", "javascript", "html", "python"))]
-    assert [(s.fim_rate, s.epochs) for s in code] == [(0.9, 2), (0.9, 1), *[(0.3, 3)] * 4]
+    assert [(s.fim_rate, s.epochs) for s in code] == [(0.9, 3), (0.9, 1), *[(0.3, 3)] * 4]
     assert all((s.path, s.text_key, s.subset) == (
         "hf:datasets/bigcode/starcoderdata", "content", "all") for s in code)
     assert taken(STARCODER, two["starcoder"].files) == STARCODER

@@ -130,9 +130,9 @@ def test_a_sentencepiece_model_and_its_json_are_the_same(files):
 
 @pytest.mark.parametrize("kind", ["marked", "bytes", "metaspace"])
 def test_a_text_in_pieces_has_the_ids_of_the_whole(kind, files, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 40)
+    monkeypatch.setattr(ours, "BLOCK", 60)
     tokenizer, text = JsonTokenizer(files[kind], {}), STORY.replace(", ", ",  ")[:2000]
-    cut = list(sources.blocks([text]))
+    cut = list(ours.blocks([text], 30))
     ids = [i for n, part in enumerate(cut) for i in tokenizer.encode_piece(part, n == 0)]
     assert len(cut) > 40 and ids == tokenizer.encode(text) and tokenizer.decode(ids) == text
 
