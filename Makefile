@@ -36,6 +36,7 @@ proofs: mup
 	$(RUN) tests/bench.py sample
 	$(RUN) tests/bench.py init
 	$(RUN) tests/bench.py tokenize
+	$(RUN) tests/bench.py long
 	$(RUN) tests/soak_prepare.py --kills=30
 
 # An empty file marks what is installed; it is older than a requirements file that has changed.

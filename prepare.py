@@ -37,6 +37,7 @@ import time
 import typing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,9 +45,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import (DATA, SECTIONS, USAGE, Config, Source, Stop, fill, is_locked, key, load,
-                     locked, read_sealed, run, say, sha256_file, split_words, sync, write_atomic,
-                     write_sealed)
+from configs import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Source, Stop, fill, is_locked, key,
+                     load, locked, read_sealed, run, say, sha256_file, split_words, sync,
+                     write_atomic, write_sealed)
 from extras.fetch import fetch_repo
 from extras.plan import bill
 from extras.sources import Corpus, is_remote, open_corpus
@@ -279,7 +280,8 @@ def read_manifest(folder: Path) -> dict:
 def awaited(folder: Path, manifest: dict, name: str) -> dict | None:
     """What the manifest says of a file once it is there, while prepare.py is still at work."""
     began = time.monotonic()
-    while name not in (now := read_manifest(folder))["files"] and is_locked(folder):
+    while (name not in (now := read_manifest(folder))["files"] or not (folder / name).is_file()
+           ) and is_locked(folder):
         if time.monotonic() - began < PATIENCE:
             say(f"waiting for {folder / name}, which prepare.py is making")
         time.sleep(PATIENCE)
@@ -292,7 +294,9 @@ def open_rows(folder: Path, manifest: dict, name: str) -> np.ndarray:
     Checked are size, sha256, and that every id is one of the tokenizer's: a wrong id would
     otherwise end in the embedding, far from its cause. Raises Stop(DATA).
     """
-    path, entry = folder / name, manifest["files"].get(name) or awaited(folder, manifest, name)
+    path, entry = folder / name, manifest["files"].get(name)
+    if entry is None or not path.is_file():
+        entry = awaited(folder, manifest, name)
     if entry is None or not path.is_file():
         raise Stop(DATA, f"{path} is missing; make it: python prepare.py CONFIG "
                    f"--dataset={folder.name}")
@@ -559,6 +563,9 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
                 if not (out / "manifest.json.sha256").is_file():
                     write_sealed(out / "manifest.json", make(corpora, recipe, work, out))
                 publish(out, folder)
+    except BrokenProcessPool as error:
+        raise Stop(ENVIRONMENT, "a worker was killed, perhaps for want of memory: give fewer "
+                   "--workers; what is finished stays") from error
     except BaseException:
         if not any(work_folder.glob("*.json")):
             shutil.rmtree(part)
@@ -590,4 +597,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, __doc__, [PrepareOptions, HubOptions, *SECTIONS.values()]))
+    sys.exit(run(main, __doc__, [PrepareOptions, HubOptions, *SECTIONS.values(), Source]))

@@ -78,23 +78,22 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # names that become file names: nothing th
 class Source:
     """One part of the data mix."""
     name: str = key("what the source is called in tables and file names", pattern=NAME)
-    path: str = key("a file or folder; https://HOST/FILE; list:https://HOST/LIST, a list of such; "
-                    "hf:datasets/OWNER/NAME[@REVISION]; or stdlib:code, stdlib:prose: what this "
-                    "Python brings along", pattern=".+")
+    path: str = key("a file or folder; https://HOST/FILE; list: and the URL of a list of such; "
+                    "hf:datasets/OWNER/NAME[@REVISION]; or the library of this Python, stdlib:code "
+                    "or stdlib:prose", pattern=".+")
     files: str = key("which of its files are read, as in *.parquet; empty: all that can be", "")
     subset: Literal["all", "even", "odd", "tenth"] = key(
         "of these, by name: those at even or odd places, counted from 0; the first tenth", "all")
     where: str = key("KEY=VALUE: only the documents that have it, as in meta.set=Book", "",
                      pattern="([^=]+=.*)?")
     text_key: str = key("key or column of its text; empty: the run's", "")
-    rows: bool = key('its lines are rows, {"token_ids": [...], "source": NAME}, its files chunks',
-                     False)
+    rows: bool = key('lines are rows, {"token_ids": [...], "source": NAME}, files chunks', False)
     weight: float = key("share of the rows", 1.0, above=0)
     epochs: int | None = key("passes it has to give; none: one, or as many as its weight asks for",
                              None, low=1)
     max_tokens: int | None = key("it ends with the document in which this many are reached", None,
                                  unit="tokens", low=1)
-    fim_rate: float = key("share of the documents rewritten to be filled in the middle", 0.0, low=0,
+    fim_rate: float = key("share of documents rewritten to be filled in the middle", 0.0, low=0,
                           high=1)
     licence: str = key("licence of the text", "unknown")
 
@@ -483,8 +482,8 @@ def write_sealed(path: Path, content: dict) -> None:
 
 def read_sealed(path: Path, code: int) -> dict:
     """Read what write_sealed wrote. Raises Stop(code) if a file is missing or the hashes differ."""
-    seal, tries = Path(f"{path}.sha256"), 3
-    while tries := tries - 1:  # again, if both were written between the two reads
+    seal = Path(f"{path}.sha256")
+    for _ in range(2):  # again, if both were written between the two reads
         for name in (path, seal):
             if not name.is_file():
                 raise Stop(code, f"{name} is missing: {path.parent} is not complete")
@@ -516,16 +515,16 @@ def verify(folder: Path, below: str = ".") -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of a folder. The lock of one that is killed goes with it."""
-    path = Path(f"{folder}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(f"{folder}.lock")).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 raise BlockingIOError  # it was removed by one that ended just now
         except BlockingIOError as error:
-            raise Stop(CHECKPOINT, f"{folder} is in the hands of {path.read_text()}; wait for it, "
-                       "or stop it") from error
+            file.seek(0)
+            raise Stop(CHECKPOINT, f"{folder} is in the hands of {file.read()}; wait for it, or "
+                       "stop it") from error
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}",
               file=file, end="", flush=True)
@@ -555,16 +554,16 @@ def help_text(doc: str, classes: list[type]) -> str:
     """A stage's docstring and, for every key, default, meaning, unit and what it wants."""
     rows = []
     for c in classes:
-        rows.append("")
+        rows.append("\nkeys of each of the sources, in a run file:" if c is Source else "")
         for f in dataclasses.fields(c):
-            needed = f.default is dataclasses.MISSING
-            default = "required" if needed else str(f.default).lower() or "''"
+            required = f.default is dataclasses.MISSING
+            default = "required" if required else str(f.default).lower() or "''"
             default = "(file)" if f.name in ("dataset", "run") else default  # the run file's name
             unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
-            free = " (free on resume)" if f.metadata["free"] else ""
             want = wanted(typing.get_type_hints(c)[f.name])
-            meaning = f.metadata["meaning"]
-            rows.append(f"  --{f.name:<18} {default:<9} {meaning}{unit}; {want}{free}")
+            free = " (free on resume)" * f.metadata["free"]
+            name = "--" * (c is not Source) + f.name
+            rows.append(f"  {name:<20} {default:<9} {f.metadata['meaning']}{unit}; {want}{free}")
     return doc.strip() + "\n" + "\n".join(rows)
 
 

@@ -12,28 +12,33 @@ running Python, which is there without a download.
 import ast
 import codecs
 import collections
+import contextlib
 import dataclasses
 import fnmatch
+import gzip
 import hashlib
 import io
 import json
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from types import ModuleType
+from typing import BinaryIO, TextIO
 
 from tqdm import tqdm
 
-from configs import DATA, USAGE, DataConfig, Source, Stop, sha256_file, write_atomic
+from configs import (DATA, ENVIRONMENT, USAGE, DataConfig, Source, Stop, sha256_file,
+                     write_atomic)
 from extras.fetch import Remote, ask, fetch, inside, list_hub, list_urls
-from extras.packed import PACKED, open_bytes, read_parquet, whole
 
 TEXT = (".txt .md .rst .tex .html .css .js .ts .py .ipynb .c .h .cc .cpp .hpp .cu .cs .java .go "
         ".kt .rs .rb .php .pl .lua .r .jl .hs .scala .swift .sh .sql").split()
 LINES = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)  # how the name of a file of lines ends
+PACKED = (".gz", ".zst", ".parquet")  # what can only be read from its beginning
 DOWNLOADS = Path("data/downloads")
 PART = 1 << 19  # bytes or characters read at once
 LONGEST = 1 << 27  # characters of a line: a bomb of zeros is longer, and would fill the memory
@@ -304,6 +309,48 @@ def clean(texts: Iterator[str], specials: list[str],
             if special in text:
                 notes["special_text"] += text.count(special)
         yield text
+
+
+@contextlib.contextmanager
+def whole(path: str) -> Iterator[None]:
+    """Say so where a packed file is cut short, or is none. Raises Stop(DATA)."""
+    try:
+        yield
+    except (EOFError, zlib.error, UnicodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # not what is in the file, but the disk
+            raise
+        raise Stop(DATA, f"{path} is damaged: {error}; fetch or copy it again") from error
+
+
+def arrow(path: str) -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise Stop(ENVIRONMENT, f"{path} is read by the package pyarrow, which is missing: pip "
+                   "install pyarrow, or nano360[data]") from error
+    return pyarrow
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """A file, unpacked as it is read."""
+    if path.lower().endswith(".gz"):
+        return gzip.open(path)
+    if path.lower().endswith(".zst"):
+        return arrow(path).input_stream(path, compression="zstd")
+    return open(path, "rb")
+
+
+def read_parquet(path: str, columns: list[str]) -> Iterator[tuple[int, dict]]:
+    """(row from 1, object) of a .parquet file."""
+    pyarrow, number = arrow(path), 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            has = file.schema_arrow.names
+            for batch in file.iter_batches(256, columns=[c for c in columns if c in has] or has):
+                for row in batch.to_pylist():
+                    yield (number := number + 1), row
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        raise Stop(DATA, f"{path} is broken after row {number}: {error}") from error
 
 
 def open_text(span: Span, encoding: str, newline: str) -> TextIO:

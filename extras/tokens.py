@@ -403,7 +403,7 @@ def rows_of(found: Iterable[np.ndarray], work: Work, first: int = 0
             if n:
                 views = np.lib.stride_tricks.sliding_window_view(whole, work.row)
                 yield first, views[::work.stride][:n]
-            first, waiting = first + n, [whole[n * work.stride:]]
+            first, waiting = first + n, [whole[n * work.stride:].copy()]  # lets the rest go
             size = len(waiting[0])
 
 
@@ -415,18 +415,15 @@ def write_documents(path: Path, stream: Stream, held: bool | None) -> None:
     """The table of a stream's documents, (n, 3) int64: first token, number of the file, line."""
     n = stream.counts["documents"] - (0 if held is None else stream.counts["held"])
     n = stream.counts["held"] if held else n
-    out = np.lib.format.open_memmap(path, "w+", np.int64, (n, 3)) if n else np.zeros((0, 3), int)
-    at = i = 0
-    for stretch, table in tables(stream):
-        sizes = np.diff(np.append(table[:, 0], stretch.tokens))
-        mine = np.full(len(table), True) if held is None else (table[:, 3] & IS_HELD > 0) == held
-        starts = at + np.cumsum(sizes * mine) - sizes
-        at += int(sizes[mine].sum())
-        mine &= table[:, 3] & GOES_ON == 0
-        rows = np.stack([starts, np.array(stretch.numbers, int)[table[:, 1]], table[:, 2]], axis=1)
-        out[i:i + mine.sum()] = rows[mine]
-        i += int(mine.sum())
-    if n:
-        out.flush()
-    else:
-        np.save(path, out)
+    header, at = dict(descr="<i8", fortran_order=False, shape=(n, 3)), 0
+    with open(path, "wb") as file:  # not mapped: on a full disk that ends in no error but a signal
+        np.lib.format.write_array_header_1_0(file, header)
+        for stretch, table in tables(stream):
+            sizes, numbers = np.diff(np.append(table[:, 0], stretch.tokens)), table[:, 1]
+            mine = np.full(len(table), True) if held is None else (
+                table[:, 3] & IS_HELD > 0) == held
+            starts = at + np.cumsum(sizes * mine) - sizes
+            at += int(sizes[mine].sum())
+            mine &= table[:, 3] & GOES_ON == 0
+            rows = np.stack([starts, np.array(stretch.numbers, int)[numbers], table[:, 2]], axis=1)
+            file.write(rows[mine].astype("<i8").tobytes())

@@ -2,11 +2,12 @@
 
     python tests/bench.py sample          # generation against transformers' generate
     python tests/bench.py tokenize        # text to rows, against the way of amber-data-prep
+    python tests/bench.py long            # one huge document, against sentencepiece alone
     python tests/bench.py init            # seconds of one core to draw the weights of a 7B
 
-The first two run all programs in one process, on the same input, in turn, so that a busy machine
-slows all, and compare medians; --pairs=N takes N of each. They need transformers. Leaves nothing
-behind.
+All but the last run all programs in one process, on the same input, in turn, so that a busy machine
+slows all, and compare medians; --pairs=N takes N of each. The first two need transformers. Leaves
+nothing behind.
 """
 
 import json
@@ -140,6 +141,37 @@ def our_way(argv: list[str], folder: Path, tokenizer: Tokenizer, pool: ProcessPo
         return make(corpora, recipe_of(config, corpora), work, out)
 
 
+def run_file(folder: Path, tokenizer: Path, text: str) -> list[str]:
+    """The command line of a preparation of a file in the folder with this tokenizer."""
+    (folder / f"{text}.py").write_text(
+        (REPO / "configs/demo.py").read_text() + "n_chunks = 4\nrows_per_chunk = None\n"
+        f"seq_len = 2048\nvocab_size = 32000\ntokenizer = {str(tokenizer)!r}\n"
+        f"sources = [dict(name='text', path={str(folder / text)!r})]\n")
+    return [str(folder / f"{text}.py")]
+
+
+def long(pairs: int) -> None:
+    texts = "".join(library(12_000_000))
+    documents = {"5 MB of text": texts[:5_000_000],
+                 "2 MB without a blank": "".join(texts.split())[:2_000_000]}
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(
+            2, get_context("spawn"), leave_with_parent) as pool:
+        folder = Path(name)
+        file = tokenizer_of_32000(folder)
+        tokenizer = load_tokenizer(file)
+        for what, text in documents.items():
+            (folder / "one.txt").write_text(text)
+            argv = run_file(folder, file, "one.txt")
+            ours, theirs = [], []
+            our_way(argv, folder, tokenizer, pool)  # warm
+            for _ in range(pairs):
+                ours.append(seconds(lambda argv=argv: our_way(argv, folder, tokenizer, pool)))
+                theirs.append(seconds(lambda text=text: tokenizer.coder.encode(text)))
+            a, b = statistics.median(ours), statistics.median(theirs)
+            print(f"{what:<22} ours, 2 processes {a:5.2f} s   sentencepiece alone {b:5.2f} s   "
+                  f"ours / it {a / b:.2f} (at most 1.2 wanted)")
+
+
 def tokenize(pairs: int) -> None:
     from transformers import PreTrainedTokenizerFast
     texts = library(12_000_000)
@@ -151,14 +183,9 @@ def tokenize(pairs: int) -> None:
         tokenizer = load_tokenizer(file)
         (folder / "tokenizer.json").write_bytes(tokenizer_files(tokenizer)["tokenizer.json"])
         fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        (folder / "run.py").write_text(
-            (REPO / "configs/demo.py").read_text() + "n_chunks = 4\nrows_per_chunk = None\n"
-            f"seq_len = 2048\nvocab_size = 32000\ntokenizer = {str(file)!r}\n"
-            f"sources = [dict(name='text', path={str(folder / 'text.jsonl')!r})]\n")
-        raw = tokenizer.coder
+        raw, argv = tokenizer.coder, run_file(folder, file, "text.jsonl")
         with ProcessPoolExecutor(2, get_context("spawn"), leave_with_parent) as pool:
-            ways = {"ours, 2 processes": lambda: our_way([str(folder / "run.py")], folder,
-                                                         tokenizer, pool),
+            ways = {"ours, 2 processes": lambda: our_way(argv, folder, tokenizer, pool),
                     "amber-data-prep's way": lambda: amber_way(texts, fast, 2, folder / "rows"),
                     "sentencepiece alone, 2 threads": lambda: raw.encode(texts, num_threads=2)}
             n_tokens = ways["ours, 2 processes"]()["sources"][0]["all_tokens"]  # and it is warm
@@ -197,7 +224,7 @@ def init(pairs: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    works = {"sample": sample, "tokenize": tokenize, "init": init}
+    works = {"sample": sample, "tokenize": tokenize, "long": long, "init": init}
     pairs = re.fullmatch("--pairs=([1-9][0-9]*)", argv[1] if len(argv) == 2 else "--pairs=5")
     if len(argv) not in (1, 2) or argv[0] not in works or not pairs:
         raise Stop(USAGE, f"expected one of {', '.join(works)} and, if you like, --pairs=N")

@@ -81,10 +81,13 @@ def finish(child: subprocess.Popen) -> None:
         raise Stop(DATA, f"prepare.py ended with {child.returncode}: {err}")
 
 
-def phase(part: Path) -> str:
-    """How far a preparation that was killed had come, by the .part that it left."""
+def phase(folder: Path) -> str:
+    """How far a preparation that was killed had come, by what it left."""
+    part = Path(f"{folder}.part")
+    if folder.is_dir():
+        return "after"
     if not part.is_dir():
-        return "before or after"
+        return "before"
     if not list((part / "work").glob("*.tokens")):
         return "listing, tokenizer"
     if not list(part.glob("*/train_000.bin")):
@@ -120,23 +123,22 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def soak(root: Path, kills: int, dice: random.Random) -> None:
-    data, part = root / "data", root / "data" / "set.part"
-    began = time.perf_counter()
+    data, began = root / "data", time.perf_counter()
     finish(start(root, "run.py"))
     whole, should = time.perf_counter() - began, contents(data)
     size = sum(p.stat().st_size for p in data.rglob("*.bin"))
     print(f"undisturbed: {whole:.1f} s, {len(should)} files, {size / 1e6:.0f} MB of rows",
           flush=True)
     shutil.rmtree(data)
-    phases, finished, slowest = collections.Counter(), 0, 0.0
+    phases, finished, starts, slowest = collections.Counter(), 0, 0, 0.0
     while sum(phases.values()) < kills:
-        child, moment = start(root, "run.py"), dice.uniform(0, whole)
+        child, moment, starts = start(root, "run.py"), dice.uniform(0, whole), starts + 1
         try:
             child.wait(moment)
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
-            came = phase(part)
+            came = phase(data / "set")
             phases[came] += 1
             slowest = max(slowest, wait_for_workers(root))
             print(f"kill {sum(phases.values()):>3} after {moment:5.1f} s: {came}", flush=True)
@@ -148,8 +150,8 @@ def soak(root: Path, kills: int, dice: random.Random) -> None:
     finish(start(root, "run.py"))
     compare(data, should)
     print(", ".join(f"{n} {name}" for name, n in phases.most_common()))
-    print(f"{kills} kills, {finished + 1} sets finished, no process left (the last gone after "
-          f"{slowest:.2f} s): {len(should)} files byte-identical")
+    print(f"{kills} kills, {starts + 1} starts, {finished + 1} sets finished; no process left, the "
+          f"last gone after {slowest:.2f} s: {len(should)} files byte-identical in each set")
 
 
 def compare(data: Path, should: dict[str, str]) -> None:

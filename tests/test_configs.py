@@ -100,8 +100,10 @@ def test_amber_7b_has_the_published_numbers():
     assert (o.batch_size, o.micro_batch_size, o.epochs) == (2240, 10, 1)
     assert o.batch_size == 224 * o.micro_batch_size  # GPUs x rows
     assert o.decay_steps == 274_320 == d.n_chunks * (d.rows_per_chunk // o.batch_size)
-    assert d.rows_per_chunk % o.batch_size == 96  # rows a chunk that fill no batch
-    assert round(d.n_chunks * d.rows_per_chunk * (m.seq_len + 1) / 1e12, 3) == 1.259
+    released = 1_706_976  # rows a file; 96 fill no batch, 7 sources are held out of them
+    assert d.rows_per_chunk == 762 * o.batch_size == released // o.batch_size * o.batch_size
+    assert 0 <= released - d.rows_per_chunk - 7 * d.valid_rows < 7
+    assert round(d.n_chunks * released * (m.seq_len + 1) / 1e12, 3) == 1.259
 
 
 def test_llama_tokenizer_is_the_one_that_amber_7b_names(shared):

@@ -12,8 +12,7 @@ STAGES = ["prepare", "model", "train", "sample", "evaluate", "analyze"]
 # A file may import what stands to its left, and nothing beside or to the right of it.
 MAY = {
     "configs": set(), "extras.fetch": {"configs"}, "extras.tokenizer_json": {"configs"},
-    "extras.hf_folders": {"configs"}, "extras.packed": {"configs"},
-    "extras.sources": {"configs", "extras.fetch", "extras.packed"},
+    "extras.hf_folders": {"configs"}, "extras.sources": {"configs", "extras.fetch"},
     "extras.tokenizers": {"configs", "extras.fetch", "extras.sources", "extras.tokenizer_json"},
     "extras.tokens": {"configs", "extras.sources", "extras.tokenizers"},
     "extras.plan": {"configs", "extras.sources"},
