@@ -29,9 +29,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from configs import CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sync
+from configs import CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, write_atomic
 from extras.hf_folders import checkpoint_hash, read_config
 from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, choose_device
@@ -91,16 +92,15 @@ def piqa(row: dict) -> tuple[str, list[str], int]:
 @dataclass(frozen=True)
 class Task:
     name: str
-    split: str  # the questions
-    shots: str  # the pool of solved examples
+    split: str  # the questions; solved examples come from "train"
     draw_extra: int  # 1 where the harness draws one more than it uses, to drop the question itself
     read: Callable[[dict], tuple[str, list[str], int]]  # row -> context, choices, gold
 
 
 TASKS = {task.name: task for task in (
-    Task("arc_challenge", "test", "train", 0, arc_challenge),
-    Task("hellaswag", "validation", "train", 1, hellaswag),
-    Task("piqa", "validation", "train", 1, piqa),
+    Task("arc_challenge", "test", 0, arc_challenge),
+    Task("hellaswag", "validation", 1, hellaswag),
+    Task("piqa", "validation", 1, piqa),
 )}
 
 
@@ -128,10 +128,7 @@ def read_examples(options: EvaluateOptions, task: Task, split: str) -> list[Exam
 
 
 def draw(rng: random.Random, pool: list, n: int, extra: int, question: object) -> list:
-    """n solved examples for a question, as the harness draws them.
-
-    One generator serves all questions of a task in order, so each draw depends on those before it.
-    """
+    """n solved examples for a question, as the harness draws them."""
     if n == 0 or not extra:
         return rng.sample(pool, n)
     others = [one for one in rng.sample(pool, n + 1) if one != question][:n]
@@ -141,11 +138,15 @@ def draw(rng: random.Random, pool: list, n: int, extra: int, question: object) -
 
 
 def read_questions(options: EvaluateOptions, task: Task) -> list[Example]:
-    """The questions of a task, their solved examples in front of the context."""
+    """The questions of a task, their solved examples in front of the context. Raises Stop(DATA)."""
     questions, rng = read_examples(options, task, task.split)[:options.limit], random.Random(SEED)
-    pool = read_examples(options, task, task.shots) if options.num_fewshot else []
-    for i, one in enumerate(questions):
-        shots = draw(rng, pool, options.num_fewshot, task.draw_extra, one)
+    n, needs = options.num_fewshot, options.num_fewshot + task.draw_extra
+    pool = read_examples(options, task, "train") if n else []
+    if n and len(pool) < needs:
+        raise Stop(DATA, f"{task.name}: --num_fewshot={n} draws from {needs} rows or more, "
+                   f"train.jsonl has {len(pool)}; give fewer shots or the whole file")
+    for i, one in enumerate(questions):  # one rng: each draw depends on those before it
+        shots = draw(rng, pool, n, task.draw_extra, one)
         solved = "".join(f"{s.context} {s.choices[s.gold]}\n\n" for s in shots)
         questions[i] = replace(one, context=solved + one.context)
     return questions
@@ -155,7 +156,6 @@ def read_questions(options: EvaluateOptions, task: Task) -> list[Example]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is scored, and how."""
     name: str
     model: Transformer
     tokenizer: Tokenizer
@@ -173,14 +173,10 @@ def score(ckpt: Checkpoint, requests: list[Request], label: str) -> list[float]:
     sums, bar = [0.0] * len(requests), tqdm(total=len(requests), desc=label, disable=None)
     for at in range(0, len(order), B):
         batch = order[at:at + B]
-        T = len(requests[batch[0]][0]) - 1
         # Padding stands on the right, where causal attention keeps it from all that is scored.
-        idx = torch.zeros(len(batch), T, dtype=torch.long)
-        for b, i in enumerate(batch):
-            ids = torch.from_numpy(requests[i][0])
-            idx[b, :len(ids) - 1] = ids[:-1]
+        inputs = [torch.from_numpy(requests[i][0][:-1]).long() for i in batch]
         with cast:
-            logits = ckpt.model(idx.to(device))  # (B, T, V)
+            logits = ckpt.model(pad_sequence(inputs, batch_first=True).to(device))  # (B, T, V)
         for b, i in enumerate(batch):
             ids, K = requests[i]
             scored = logits[b, len(ids) - 1 - K:len(ids) - 1].float().log_softmax(-1)  # (K, V)
@@ -243,8 +239,8 @@ def score_choices(ckpt: Checkpoint, task: Task, questions: list[Example]) -> Sco
         # Characters are counted without the blank in front; of equals the first is chosen.
         norm = [ll / len(choice) if choice else -math.inf
                 for ll, choice in zip(lls[-1], one.choices, strict=True)]
-        hits["acc"].append(float(lls[-1].index(max(lls[-1])) == one.gold))
-        hits["acc_norm"].append(float(norm.index(max(norm)) == one.gold))
+        hits["acc"].append(float(np.argmax(lls[-1]) == one.gold))
+        hits["acc_norm"].append(float(np.argmax(norm) == one.gold))
     metrics, n = {"truncated": len(truncated)}, len(questions)
     for name, values in hits.items():
         metrics[name] = statistics.fmean(values)
@@ -285,15 +281,13 @@ def data_of(folder: Path) -> tuple[Path, dict]:
 
 
 def score_valid(ckpt: Checkpoint, folder: Path) -> list[Scores]:
-    """Per source that has held-out rows: each id of a row predicted from those before it.
-
-    The bytes are those of the predicted pieces: a row begins and ends inside a document.
-    """
+    """Per source that has held-out rows: each id of a row predicted from those before it."""
     (data, manifest), sizes, scores = data_of(folder), ckpt.tokenizer.piece_bytes(), []
     for name in (source["name"] for source in manifest["sources"] if source["valid_rows"]):
         rows = open_rows(data, manifest, valid_name(name))[:ckpt.options.limit].astype(np.int32)
-        requests, n_bytes = [(row, manifest["seq_len"]) for row in rows], sizes[rows[:, 1:]].sum()
-        scores.append(score_stretches(ckpt, f"valid/{name}", requests, int(n_bytes)))
+        requests = [(row, manifest["seq_len"]) for row in rows]
+        n_bytes = int(sizes[rows[:, 1:]].sum())  # as predicted: rows begin and end inside documents
+        scores.append(score_stretches(ckpt, f"valid/{name}", requests, n_bytes))
     return scores
 
 
@@ -301,7 +295,7 @@ def score_valid(ckpt: Checkpoint, folder: Path) -> list[Scores]:
 
 def check(word: str, options: EvaluateOptions) -> list[Path]:
     """All that can be told before the first forward pass -> the checkpoints to score, in order."""
-    place, names, shots = Path(word), options.tasks.split(","), options.num_fewshot
+    place, names = Path(word), options.tasks.split(",")
     checkpoints = [place] if (place / "config.json").is_file() else sorted(
         (path.parent for path in place.glob("ckpt_*[0-9]/config.json")),
         key=lambda path: (len(path.name), path.name))  # ckpt_1000 after ckpt_999
@@ -314,19 +308,14 @@ def check(word: str, options: EvaluateOptions) -> list[Path]:
         raise Stop(USAGE, f"--output={options.output} is a folder, or in one that does not exist; "
                    "give a file, such as scores.json")
     for name in names:
-        task, path = TASKS.get(name), Path(name.removeprefix("text:"))
-        if task and shots:
-            have, needs = len(read_examples(options, task, task.shots)), shots + task.draw_extra
-            if have < needs:
-                raise Stop(DATA, f"{name}: --num_fewshot={shots} draws from {needs} rows or more, "
-                           f"{task.shots}.jsonl has {have}; give fewer shots or the whole file")
-        elif name.startswith("text:"):
+        if name.startswith("text:"):
+            path = Path(name.removeprefix("text:"))
             try:
                 if not path.is_file() or not path.read_bytes().decode().strip():
                     raise Stop(DATA, f"text file {path} is missing or blank; write text:FILE")
             except UnicodeDecodeError as error:
                 raise Stop(DATA, f"{path} is not UTF-8 ({error}); convert it first") from error
-        elif not task and name != "valid":
+        elif name not in TASKS and name != "valid":
             raise Stop(USAGE, f"unknown task {name!r}; expected some of valid, text:FILE, "
                        f"{', '.join(TASKS)}, separated by commas")
     for folder in checkpoints:
@@ -351,8 +340,8 @@ def score_checkpoint(folder: Path, options: EvaluateOptions,
                      questions: dict[str, list[Example]]) -> list[dict]:
     """An entry for each task; the checkpoint's memory is free again when this returns."""
     device = choose_device(options.device)
-    model, tokenizer = Transformer.from_pretrained(folder, device).eval(), load_tokenizer(
-        options.tokenizer or folder)
+    model = Transformer.from_pretrained(folder, device).eval()
+    tokenizer = load_tokenizer(options.tokenizer or folder)
     add_bos = tokenizer.add_bos if options.add_bos is None else options.add_bos
     ckpt = Checkpoint(folder.resolve().name, model, tokenizer, add_bos, options)
     settings = dict(
@@ -374,7 +363,6 @@ def score_checkpoint(folder: Path, options: EvaluateOptions,
 
 
 def show(one: dict) -> None:
-    """The lines of an entry in the table."""
     for name, value in one["metrics"].items():
         if not name.endswith("_stderr"):
             stderr = one["metrics"].get(f"{name}_stderr")
@@ -395,11 +383,7 @@ def main(argv: list[str]) -> None:
         for one in new:
             show(one)
         if options.output:  # after each checkpoint: what a killed run has is not lost
-            part = Path(f"{options.output}.part")
-            part.write_text(json.dumps({"runs": entries}) + "\n", encoding="utf-8")
-            sync(part)
-            part.replace(options.output)  # a reader finds the whole file or the old one
-            sync(Path(options.output).absolute().parent)
+            write_atomic(Path(options.output), json.dumps({"runs": entries}) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,14 +81,11 @@ def class_of(name: str) -> str:
     module, kind = name.split(".")[-2:]
     if kind == "bias":
         return "bias"
-    if module in ("embed_tokens", "lm_head"):
-        return "embedding" if module == "embed_tokens" else "head"
-    if re.fullmatch("(q|k|v|gate|up)_proj", module):
-        return "in"
-    if module in ("o_proj", "down_proj"):
-        return "out"
-    assert module.endswith("norm"), f"no class claims the parameter {name}"
-    return "norm"
+    patterns = {"embedding": "embed_tokens", "head": "lm_head", "in": "(q|k|v|gate|up)_proj",
+                "out": "(o|down)_proj", "norm": ".*norm"}
+    found = [one for one, pattern in patterns.items() if re.fullmatch(pattern, module)]
+    assert found, f"no class claims the parameter {name}"
+    return found[0]
 
 
 def draw(p: torch.Tensor, std: float, cut: bool, generator: torch.Generator) -> None:
@@ -123,8 +120,7 @@ def init_weights(model: "Transformer", seed: int) -> None:
 
 def param_groups(model: "Transformer", weight_decay: float) -> list[dict]:
     """AdamW's groups: {params, names, lr_mult, weight_decay}, every parameter in exactly one."""
-    groups: dict[tuple, dict] = {}
-    classes = tensor_classes(model.config)
+    groups, classes = {}, tensor_classes(model.config)
     for name, p in model.named_parameters():
         one = classes[class_of(name)]
         group = groups.setdefault((one.lr_mult, one.decays), dict(
@@ -140,10 +136,8 @@ def param_groups(model: "Transformer", weight_decay: float) -> list[dict]:
 # ---- forward -------------------------------------------------------------------------------------
 
 def rope_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of every position's angles, each (seq_len, r), float32.
-
-    In bfloat16 the angles themselves would be wrong: 2047 is not a bfloat16 number.
-    """
+    """cos and signed sin of every position's angles, each (seq_len, r), float32."""
+    # In bfloat16 the angles themselves would be wrong: 2047 is not a bfloat16 number.
     r = config.rotary_dim or config.n_embd // config.n_head
     freq = config.rope_theta ** -(torch.arange(0, r, 2, device=device, dtype=torch.float32) / r)
     angle = torch.outer(torch.arange(config.seq_len, device=device, dtype=torch.float32), freq)
@@ -174,17 +168,15 @@ class Norm(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.n_embd))
-        layer = config.norm == "layer"
-        self.register_parameter("bias", nn.Parameter(torch.zeros(config.n_embd)) if layer else None)
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.norm == "layer" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Statistics in fp32 whatever comes in; the weight is multiplied in fp32 too and the cast
         # comes last, as in amber-train.
-        C = (x.size(-1),)
+        C, weight = (x.size(-1),), self.weight.float()
         if self.bias is None:
-            return F.rms_norm(x.float(), C, self.weight.float(), self.eps).to(x.dtype)
-        y = F.layer_norm(x.float(), C, self.weight.float(), self.bias.float(), self.eps)
-        return y.to(x.dtype)
+            return F.rms_norm(x.float(), C, weight, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), C, weight, self.bias.float(), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -419,15 +411,11 @@ class Transformer(nn.Module):
 
 
 def align(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts of any lengths -> idx (B, T) with each at the right end, and lengths (B,) for stream.
-
-    Equal lengths give None, and so no mask.
-    """
+    """Prompts of any lengths -> idx (B, T), each at the right end, and lengths (B,) for stream."""
     lengths = [len(prompt) for prompt in prompts]
     T = max(lengths)
-    idx = torch.tensor([[0] * (T - len(prompt)) + list(prompt) for prompt in prompts],
-                       dtype=torch.int64)
-    return idx, None if min(lengths) == T else torch.tensor(lengths)
+    idx = torch.tensor([[0] * (T - len(one)) + [*one] for one in prompts], dtype=torch.int64)
+    return idx, None if min(lengths) == T else torch.tensor(lengths)  # None: no mask is needed
 
 
 def window(made: list[torch.Tensor], n: int, pads: torch.Tensor | None

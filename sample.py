@@ -40,10 +40,8 @@ class SampleOptions:
     dtype: Literal["float32", "bfloat16"] = key("type of the weights in memory", "float32")
 
 
-def printable(text: str, raw: bool) -> str:
+def printable(text: str) -> str:
     """Text with control characters spelled out: a model may have learned to write escape codes."""
-    if raw:
-        return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc"
                    else c.encode("unicode_escape").decode() for c in text)
 
@@ -66,9 +64,10 @@ def pieces_of_text(tokenizer: Tokenizer, prompt: list[int], new: Iterator[int],
             yield text[shown:at]
             return
         held = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
-        if len(text) - held > shown and not text.endswith("\ufffd"):  # half of a character, perhaps
-            yield text[shown:len(text) - held]
-            shown = len(text) - held
+        end = len(text) - held
+        if end > shown and not text.endswith("\ufffd"):  # half of a character, perhaps
+            yield text[shown:end]
+            shown = end
     yield tokenizer.decode(ids)[shown:]
 
 
@@ -118,14 +117,14 @@ def main(argv: list[str]) -> None:
     ids = check(options, tokenizer, model, prompt)
     generator = torch.Generator(device).manual_seed(options.seed)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
-    raw = not sys.stdout.isatty()  # a file gets the text as it is, a terminal nothing that acts
+    show = printable if sys.stdout.isatty() else str  # a file gets the text as it is
     for n in range(options.num_samples):
-        print("-" * 80 + "\n" if n else "", printable(prompt, raw), sep="", end="", flush=True)
+        print("-" * 80 + "\n" if n else "", show(prompt), sep="", end="", flush=True)
         stream = model.stream(torch.tensor([ids], device=device), options.max_new_tokens,
                               options.temperature, options.top_k, options.top_p,
                               (tokenizer.eos,), generator=generator)
         for text in pieces_of_text(tokenizer, ids, map(int, stream), options.stop):
-            print(printable(text, raw), end="", flush=True)
+            print(show(text), end="", flush=True)
         print()
 
 

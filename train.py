@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig,
                      Stop, from_json, git_state, load, read_sealed, run, say, sha256_file, sync,
-                     to_json, verify, write_sealed)
+                     to_json, verify, write_atomic, write_sealed)
 from extras.tokenizer_json import tokenizer_files
 from extras.tokenizers import Tokenizer, load_tokenizer
 from model import (Transformer, choose_device, flops_per_token, hardware, init_weights,
@@ -92,11 +92,7 @@ def make_plan(config: Config, manifest: dict) -> Plan:
 
 def batches(config: Config, plan: Plan, manifest: dict, folder: Path, first: int
             ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(step, row numbers (B,), rows (B, seq_len + 1)) of every global batch from `first` on.
-
-    Batch b of a visit is rows [b B, (b + 1) B) of the chunk's order. The next chunk is opened, and
-    so hashed, in a thread while this one trains.
-    """
+    """(step, row numbers (B,), rows (B, seq_len + 1)) of every global batch from `first` on."""
     if first > plan.stop:
         return
     B = config.optim.batch_size
@@ -105,20 +101,18 @@ def batches(config: Config, plan: Plan, manifest: dict, folder: Path, first: int
         return open_rows(folder, manifest, chunk_name(plan.chunk_of(visit)))
 
     visits = range(plan.visit_of(first), plan.visit_of(plan.stop) + 1)
-    with ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as ahead:  # the next chunk is opened, so hashed, while one trains
         opening = ahead.submit(open_visit, visits[0])
         for visit in visits:
             rows = opening.result()
             if visit + 1 in visits:
                 opening = ahead.submit(open_visit, visit + 1)
-            order = permutation(len(rows), config.data.seed, visit // plan.n_chunks,
-                                plan.chunk_of(visit))
-            start = visit * plan.steps_per_visit
-            for step in range(max(first, start + 1),
-                              min(plan.stop, start + plan.steps_per_visit) + 1):
-                b = step - 1 - start
-                batch = order[b * B:(b + 1) * B]
-                yield step, batch, rows[batch]
+            epoch, chunk = divmod(visit, plan.n_chunks)
+            order = permutation(len(rows), config.data.seed, epoch, chunk)
+            for b in range(plan.steps_per_visit):
+                step, batch = visit * plan.steps_per_visit + b + 1, order[b * B:(b + 1) * B]
+                if first <= step <= plan.stop:
+                    yield step, batch, rows[batch]
 
 
 # ---- where it runs -------------------------------------------------------------------------------
@@ -183,8 +177,7 @@ def check(config: Config, manifest: dict, place: Place) -> None:
     if manifest["rows_per_chunk"] < o.batch_size:
         raise Stop(DATA, f"data/{d.dataset}: a chunk has {manifest['rows_per_chunk']} rows, fewer "
                    f"than one batch of {o.batch_size}: give a smaller --batch_size or more data")
-    micro = o.micro_batch_size or 1
-    unit = place.world * min(micro, max(1, o.batch_size // place.world))
+    unit = place.world * min(o.micro_batch_size or 1, max(1, o.batch_size // place.world))
     if o.batch_size % unit:
         near = sorted({max(unit, o.batch_size // unit * unit), (o.batch_size // unit + 1) * unit})
         raise Stop(USAGE, f"batch_size = {o.batch_size} rows do not divide into {place.world} "
@@ -193,14 +186,6 @@ def check(config: Config, manifest: dict, place: Place) -> None:
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's moments under names: exp_avg.<parameter>, exp_avg_sq.<parameter>, on the CPU."""
-    return {f"{kind}.{name}": optimizer.state[p][kind].detach().cpu().contiguous()
-            for group in optimizer.param_groups
-            for name, p in zip(group["names"], group["params"], strict=True)
-            for kind in ("exp_avg", "exp_avg_sq")}
-
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, updates: int) -> None:
     """Put the moments back; every parameter has taken the same number of updates."""
@@ -224,12 +209,14 @@ def save(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, sta
     for name, content in tokenizer_files(tokenizer).items():
         (part / name).write_bytes(content)
     (part / "optimizer").mkdir()
-    save_file(optimizer_tensors(optimizer), part / "optimizer" / "adamw.safetensors")
+    save_file({f"{kind}.{name}": optimizer.state[p][kind].detach().cpu().contiguous()
+               for group in optimizer.param_groups
+               for name, p in zip(group["names"], group["params"], strict=True)
+               for kind in ("exp_avg", "exp_avg_sq")}, part / "optimizer" / "adamw.safetensors")
     files = sorted(path for path in part.rglob("*") if path.is_file())
     state = state | {"files": {p.relative_to(part).as_posix(): sha256_file(p) for p in files}}
-    for path in files:
+    for path in (*files, part / "optimizer"):
         sync(path)
-    sync(part / "optimizer")
     write_sealed(part / "state.json", state)
     if folder.exists():  # only last/, which its successor replaces
         shutil.rmtree(f"{folder}.old", ignore_errors=True)
@@ -240,10 +227,7 @@ def save(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, sta
 
 
 def newest(out: Path, config: Config, manifest: dict) -> tuple[Path, dict] | None:
-    """The checkpoint with the most steps in a run's folder, and its state.
-
-    Raises Stop(CHECKPOINT) if one is of another format, of another run, or not where it belongs.
-    """
+    """The checkpoint of a run with the most steps, and its state. Raises Stop(CHECKPOINT)."""
     states = [(path, read_sealed(path / "state.json", CHECKPOINT))
               for path in [*out.glob("ckpt_*[0-9]"), out / "last.old", out / "last"]
               if path.is_dir()]
@@ -254,7 +238,7 @@ def newest(out: Path, config: Config, manifest: dict) -> tuple[Path, dict] | Non
         if wrong:
             raise Stop(CHECKPOINT, f"{path} is none of this run: its {', '.join(wrong)} differs; "
                        f"move it out of {out} or give --run=NAME")
-    return max(states, key=lambda one: one[1]["step"]) if states else None
+    return max(states, key=lambda one: one[1]["step"], default=None)
 
 
 # ---- the run's folder ----------------------------------------------------------------------------
@@ -272,10 +256,7 @@ def portable(value: object) -> object:
 
 
 def read_run(config: Config, manifest: dict, out: Path) -> dict:
-    """The run.json of a run's folder, or of a new one, after comparing it with this config.
-
-    Raises Stop(USAGE) with a table of the keys that differ and may not, Stop(DATA) if the data did.
-    """
+    """The run.json of a run's folder, or a new one. Raises Stop if it is another run's."""
     path, mine = out / "run.json", portable(to_json(config))
     # What the rows were made from is what their manifest says, whatever the run file says now.
     made = manifest["recipe"]
@@ -290,11 +271,10 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError, Stop) as error:
         raise Stop(CHECKPOINT, f"{path} is broken ({error}); mend it or give --run=NAME") from error
     free = {f.name: f.metadata["free"] for c in SECTIONS.values() for f in dataclasses.fields(c)}
-    was = {k: v for section in record["config"].values() for k, v in section.items()}
-    now = {k: v for section in mine.values() for k, v in section.items()}
-    differ = {k: (was.get(k), now[k]) for k in now if was.get(k) != now[k]}
-    if bound := {k: v for k, v in differ.items() if not free[k]}:
-        rows = "\n".join(f"  {k:<18} {a!s:<24} {b!s}" for k, (a, b) in bound.items())
+    was, now = ({k: v for section in sections.values() for k, v in section.items()}
+                for sections in (record["config"], mine))
+    if differ := [k for k in now if was.get(k) != now[k] and not free[k]]:
+        rows = "\n".join(f"  {k:<18} {was.get(k)!s:<24} {now[k]!s}" for k in differ)
         raise Stop(USAGE, f"{out} is another run: give --run=NAME for a new one\n"
                    f"  {'key':<18} {'the run has':<24} now\n{rows}")
     if record["data_hash"] != manifest["data_hash"]:
@@ -304,10 +284,8 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
 
 
 def write_run(record: dict, out: Path, place: Place, argv: list[str], step: int) -> None:
-    """Add this launch to run.json; the first write of a run, so it shows that it can write.
-
-    What changes the order of additions, and so the last bits, is told when it differs from before.
-    """
+    """Add this launch to run.json; the first write of a run, so it shows that it can write."""
+    # what changes the order of additions, and so the last bits
     exact = {"world": place.world, "hardware": hardware(place.device), "compile": place.compile,
              "dtype": str(place.dtype).removeprefix("torch."), "torch": torch.__version__,
              "micro_batch_size": record["config"]["optim"]["micro_batch_size"]}
@@ -319,9 +297,7 @@ def write_run(record: dict, out: Path, place: Place, argv: list[str], step: int)
         "versions": {"python": platform.python_version(), "numpy": np.__version__}})
     try:
         out.mkdir(parents=True, exist_ok=True)
-        part = out / "run.json.part"
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        part.rename(out / "run.json")
+        write_atomic(out / "run.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise Stop(CHECKPOINT, f"cannot write to {out}: {error.strerror}; checkpoints need a "
                    "folder there: free the name or give --run=NAME") from error
@@ -336,9 +312,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise Stop(CHECKPOINT, f"{path} holds a line that is none of ours: {error!r}; mend it or "
                    "move it away") from error
-    part = Path(f"{path}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.rename(path)
+    write_atomic(path, "".join(kept))
 
 
 def is_validated(out: Path, manifest: dict, step: int) -> bool:
@@ -366,35 +340,29 @@ def total(values: torch.Tensor, place: Place) -> torch.Tensor:
     return values
 
 
-def to_device(rows: np.ndarray, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, seq_len + 1) -> inputs and targets (n, seq_len), int64."""
+def loss_of(model: torch.nn.Module, rows: np.ndarray, place: Place) -> torch.Tensor:
+    """The mean loss of rows (n, seq_len + 1): every id but the first is a target."""
     ids = torch.from_numpy(rows.astype(np.int64)).to(place.device, non_blocking=True)
-    return ids[:, :-1], ids[:, 1:]
+    with torch.autocast(place.device.type, torch.bfloat16, place.dtype == torch.bfloat16):
+        return model(ids[:, :-1], ids[:, 1:])
 
 
 @torch.no_grad()
-def validate(model: Transformer, place: Place, manifest: dict, folder: Path, sizes: torch.Tensor,
-             micro: int) -> list[dict]:
-    """Loss and bits per byte of each source's held-out rows, in fixed order, over all ranks.
-
-    Bits per byte is a sum of nats over a sum of bytes, so that it does not depend on the tokenizer.
-    """
-    found = []
+def validate(model: Transformer, place: Place, manifest: dict, folder: Path, sizes: np.ndarray,
+             micro: int) -> Iterator[dict]:
+    """Loss and bits per byte of each source's held-out rows, in fixed order, over all ranks."""
     for source in (one for one in manifest["sources"] if one["valid_rows"]):
         rows = open_rows(folder, manifest, valid_name(source["name"]))[place.rank::place.world]
-        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        nats, targets = 0.0, rows[:, 1:]
         for at in range(0, len(rows), micro):
-            x, y = to_device(rows[at:at + micro], place)
-            with torch.autocast(place.device.type, torch.bfloat16, place.dtype == torch.bfloat16):
-                loss = model(x, y)
-            sums += torch.tensor([loss.item() * y.numel(), y.numel(), sizes[y.cpu()].sum().item()],
-                                 dtype=torch.float64)
+            loss = loss_of(model, rows[at:at + micro], place)
+            nats += loss.item() * targets[at:at + micro].size
+        sums = torch.tensor([nats, targets.size, sizes[targets].sum()], dtype=torch.float64)
         nats, tokens, n_bytes = total(sums, place).tolist()
-        if tokens:
-            found.append({"source": source["name"], "loss": nats / tokens,
-                          "bits_per_byte": nats / math.log(2) / n_bytes,
-                          "tokens": int(tokens), "bytes": int(n_bytes)})
-    return found
+        # Bits per byte is a sum over a sum, so that it does not depend on the tokenizer.
+        yield {"source": source["name"], "loss": nats / tokens,
+               "bits_per_byte": nats / math.log(2) / n_bytes,
+               "tokens": int(tokens), "bytes": int(n_bytes)}
 
 
 def forward_backward(model: torch.nn.Module, rows: np.ndarray, micro: int, place: Place
@@ -403,14 +371,12 @@ def forward_backward(model: torch.nn.Module, rows: np.ndarray, micro: int, place
     n = len(rows) // micro
     mean = torch.zeros((), device=place.device)
     for i in range(n):
-        x, y = to_device(rows[i * micro:(i + 1) * micro], place)
         if place.world > 1:  # ranks need to exchange gradients only after the last micro-batch
             model.require_backward_grad_sync = i == n - 1
-        with torch.autocast(place.device.type, torch.bfloat16, place.dtype == torch.bfloat16):
-            loss = model(x, y)
         # Gradients add up over micro-batches, and a sum of means is not a mean: divide here.
-        (loss / n).backward()
-        mean += loss.detach() / n
+        loss = loss_of(model, rows[i * micro:(i + 1) * micro], place) / n
+        loss.backward()
+        mean += loss.detach()
     return mean
 
 
@@ -468,7 +434,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
     micro = min(config.optim.micro_batch_size or n_rank, n_rank)
     n_params = sum(p.numel() for p in model.parameters())
     flops, peak = flops_per_token(config.model), peak_flops(place.device)
-    sizes = torch.from_numpy(tokenizer.piece_bytes()).double()  # every target is one of its ids
+    sizes = tokenizer.piece_bytes()  # every target is one of its ids
     left_out = manifest["rows_per_chunk"] - plan.steps_per_visit * config.optim.batch_size
     say(f"{n_params / 1e6:.2f}M parameters, {hardware(place.device)} x {place.world}, "
         f"{str(place.dtype).removeprefix('torch.')}; {plan.steps_per_visit} steps a chunk "
@@ -486,8 +452,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path,
     metrics = out / "metrics.jsonl"
 
     def report(step: int) -> None:  # the held-out rows of every source
-        at = {"step": step, "visit": plan.visit_of(step)}
-        lines = [{"kind": "valid", **at, **line}
+        lines = [{"kind": "valid", "step": step, "visit": plan.visit_of(step), **line}
                  for line in validate(model, place, manifest, folder, sizes, micro)]
         log(metrics, place, lines)
         for line in lines:

@@ -56,10 +56,7 @@ def family(c: ModelConfig) -> str:
 
 
 def layout(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[list[str], bool]]:
-    """Tensor in a folder -> our parameters joined in it, and whether it is (in, out).
-
-    One table for both ways. `names` are all of our parameters; a tied head is listed as well.
-    """
+    """Tensor in a folder -> our parameters joined in it, and whether it is (in, out): both ways."""
     table = {name: ([name], False) for name in names}
     if family(config) == "crystalcoder":  # matrices are Conv1D: y = x W
         table = {"transformer.wte.weight": (["model.embed_tokens.weight"], False)}
@@ -73,13 +70,6 @@ def layout(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[list[st
     if config.tie:
         table["lm_head.weight"] = (["model.embed_tokens.weight"], False)
     return table
-
-
-def joined(ours: dict[str, torch.Tensor], names: list[str], turned: bool,
-           dtype: torch.dtype) -> torch.Tensor:
-    """The tensor of a folder, a copy on the CPU, made of our parameters."""
-    whole = torch.cat([ours[name].detach().to("cpu", dtype) for name in names])
-    return whole.T.contiguous() if turned else whole
 
 
 def config_json(c: ModelConfig) -> dict:
@@ -100,13 +90,10 @@ def config_json(c: ModelConfig) -> dict:
 
 
 def llama_config(theirs: dict) -> tuple[dict, dict]:
-    """config.json of a LLaMA -> our keys, and what is odd about it: words -> whether it is there.
-
-    rope_theta is a key of its own in old files, one of rope_parameters in new ones, 10000 in the
-    oldest.
-    """
+    """What LLAMA_KEYS lacks, and what is odd about a config.json: words -> whether it is there."""
     rope, scaling = theirs.get("rope_parameters") or {}, theirs.get("rope_scaling") or {}
-    theirs = theirs | {"rope_theta": rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0}
+    # in new files, in old ones, in the oldest
+    theta = rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0
     heads, C = theirs.get("num_attention_heads") or 1, theirs.get("hidden_size") or 0
     kv_heads = theirs.get("num_key_value_heads") or heads
     kind = scaling.get("rope_type", scaling.get("type", rope.get("rope_type")))
@@ -116,14 +103,13 @@ def llama_config(theirs: dict) -> tuple[dict, dict]:
            f"hidden_act {theirs.get('hidden_act')}": theirs.get("hidden_act", "silu") != "silu",
            "head_dim that is not hidden_size / heads":
                theirs.get("head_dim") not in (None, C // heads)}
-    return {name: theirs[key] for key, name in LLAMA_KEYS.items() if key in theirs} | {
-        "n_kv_head": None if kv_heads == heads else kv_heads, "bias": bias,
-        "tie": theirs.get("tie_word_embeddings", False),
-        "init_std": theirs.get("initializer_range", 0.02)}, odd
+    return {"n_kv_head": None if kv_heads == heads else kv_heads, "bias": bias, "rope_theta": theta,
+            "tie": theirs.get("tie_word_embeddings", False),
+            "init_std": theirs.get("initializer_range", 0.02)}, odd
 
 
 def crystal_config(theirs: dict) -> tuple[dict, dict]:
-    """config.json of a CrystalCoder -> our keys, and what is odd about it."""
+    """What CRYSTAL_KEYS lacks, and what is odd about a config.json."""
     scale, C = theirs.get("mup_width_scale"), theirs.get("n_embd") or 0
     base = C * scale if isinstance(scale, float | int) else 0  # a whole number, but for rounding
     fits = base > 0.5 and abs(base - round(base)) < 1e-6
@@ -131,11 +117,10 @@ def crystal_config(theirs: dict) -> tuple[dict, dict]:
            for key, value in CRYSTAL_IS.items()}
     odd[f"mup_width_scale {scale} of n_embd {C}"] = not fits
     odd["scale_attn_by_inverse_layer_idx"] = theirs.get("scale_attn_by_inverse_layer_idx", False)
-    return {name: theirs[key] for key, name in CRYSTAL_KEYS.items() if key in theirs} | {
-        "norm": "layer", "bias": True, "rope_interleaved": True, "tie": True,
-        "mup_base_width": round(base) if fits else None,
-        # not in published files, where transformers would assume 0.02; params.yaml has 0.073
-        "init_std": theirs.get("initializer_range", 0.073)}, odd
+    return {"norm": "layer", "bias": True, "rope_interleaved": True, "tie": True,
+            "mup_base_width": round(base) if fits else None,
+            # not in published files, where transformers would assume 0.02; params.yaml has 0.073
+            "init_std": theirs.get("initializer_range", 0.073)}, odd
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -148,24 +133,24 @@ def read_config(folder: Path) -> ModelConfig:
         theirs = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise Stop(CHECKPOINT, f"{path} is no json object: {error}") from error
-    names = {f.name: f.name for f in dataclasses.fields(ModelConfig)}
-    kind, keys = theirs.get("model_type"), {"llama": LLAMA_KEYS, "crystalcoder": CRYSTAL_KEYS,
-                                            "nano360": names}
+    kind = theirs.get("model_type")
+    keys = {"llama": LLAMA_KEYS, "crystalcoder": CRYSTAL_KEYS,
+            "nano360": {f.name: f.name for f in dataclasses.fields(ModelConfig)}}
     if not isinstance(kind, str) or kind not in keys:
         raise Stop(CHECKPOINT, f"{path}: model_type {kind!r}; {', '.join(keys)} are read here")
     if missing := [name for name in keys[kind] if name not in theirs and name != "rope_theta"]:
         raise Stop(CHECKPOINT, f"{path}: {', '.join(missing)} is missing")
-    given, odd = {k: theirs[k] for k in names if k in theirs}, {}
+    given = {ours: theirs[name] for name, ours in keys[kind].items() if name in theirs}
+    more, odd = {}, {}
     if kind != "nano360":
         try:
-            given, odd = (llama_config if kind == "llama" else crystal_config)(theirs)
+            more, odd = (llama_config if kind == "llama" else crystal_config)(theirs)
         except (TypeError, AttributeError, ValueError, OverflowError) as error:  # "8" for 8
             raise Stop(CHECKPOINT, f"{path}: a value is of the wrong type: {error}") from error
-    if any(odd.values()):
-        there = ", ".join(name for name, there in odd.items() if there)
-        raise Stop(CHECKPOINT, f"{path}: {there} is not supported in a {kind}")
+    if found := [name for name, there in odd.items() if there]:
+        raise Stop(CHECKPOINT, f"{path}: {', '.join(found)} is not supported in a {kind}")
     try:
-        config = fill([ModelConfig], {k: (v, str(path)) for k, v in given.items()})[0]
+        config = fill([ModelConfig], {k: (v, str(path)) for k, v in (given | more).items()})[0]
     except Stop as stop:  # a size that is none
         raise Stop(CHECKPOINT, str(stop)) from stop
     if errors := check_model(config):
@@ -240,11 +225,7 @@ def read_file(file: Path, table: dict[str, tuple[list[str], bool]], shapes: dict
 
 def read_weights(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size],
                  device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Our parameters from a folder's files, one file after another. Raises Stop(CHECKPOINT).
-
-    `shapes` are all of our parameters. A tensor that is missing, is none of the model's, or has
-    another shape is named.
-    """
+    """Our parameters from a folder's files, one file after another. Raises Stop(CHECKPOINT)."""
     table, weights = layout(config, shapes), {}
     for file in weight_files(folder):
         read_file(file, table, shapes, weights, device, dtype)
@@ -257,10 +238,7 @@ def read_weights(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size
 
 def write_folder(folder: Path, config: ModelConfig, ours: dict[str, torch.Tensor], tokens: dict,
                  dtype: torch.dtype, max_shard_gb: float) -> None:
-    """config.json and our parameters `ours` in files of at most max_shard_gb, 10^9 bytes each.
-
-    A tensor that is larger has a file of its own. `tokens` are lines of config.json.
-    """
+    """config.json and our parameters `ours` in files of at most max_shard_gb, 10^9 bytes each."""
     folder.mkdir(parents=True, exist_ok=True)
     if old := [*folder.glob("*model*.safetensors*"), *folder.glob("pytorch_model*")]:
         raise Stop(CHECKPOINT, f"{old[0]} is there already: save to a new folder")
@@ -273,7 +251,7 @@ def write_folder(folder: Path, config: ModelConfig, ours: dict[str, torch.Tensor
              for name, (parts, _) in table.items()}
     shards, room = [[]], 0.0
     for name, size in sizes.items():
-        if shards[-1] and room + size > max_shard_gb * 1e9:
+        if shards[-1] and room + size > max_shard_gb * 1e9:  # a larger one has a file of its own
             shards, room = [*shards, []], 0.0
         shards[-1].append(name)
         room += size
@@ -282,8 +260,12 @@ def write_folder(folder: Path, config: ModelConfig, ours: dict[str, torch.Tensor
         file = "model.safetensors" if len(shards) == 1 else (
             f"model-{n:05d}-of-{len(shards):05d}.safetensors")
         where |= dict.fromkeys(names, file)
-        save_file({name: joined(ours, *table[name], dtype) for name in names}, folder / file,
-                  metadata={"format": "pt"})
+        tensors = {}
+        for name in names:
+            parts, turned = table[name]
+            whole = torch.cat([ours[one].detach().to("cpu", dtype) for one in parts])
+            tensors[name] = whole.T.contiguous() if turned else whole
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(

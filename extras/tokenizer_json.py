@@ -78,8 +78,10 @@ def byte_level_bpe(tokenizer: "Tokenizer") -> tuple[dict, None, dict, dict]:
                                        use_regex=True)
 
 
-def whole_json(tokenizer: "Tokenizer") -> tuple[bytes, str | None]:
-    """A tokenizer of ours as tokenizer.json, and the text of its unknown token."""
+def whole_json(tokenizer: "Tokenizer | JsonTokenizer") -> tuple[bytes, str | None]:
+    """A tokenizer as tokenizer.json, and the text of its unknown token."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.data, tokenizer.unk
     spelled = byte_level_bpe if tokenizer.kind == "tiktoken" else sentencepiece_bpe
     model, normalizer, splitter, decoder = spelled(tokenizer)
     unk = model["unk_token"]
@@ -94,10 +96,7 @@ def whole_json(tokenizer: "Tokenizer") -> tuple[bytes, str | None]:
 
 def tokenizer_files(tokenizer: "Tokenizer | JsonTokenizer") -> dict[str, bytes]:
     """File name -> content: what a checkpoint folder needs for AutoTokenizer to give our ids."""
-    if isinstance(tokenizer, JsonTokenizer):
-        whole, unk = tokenizer.data, tokenizer.unk
-    else:
-        whole, unk = whole_json(tokenizer)
+    whole, unk = whole_json(tokenizer)
     config = dict(
         tokenizer_class="PreTrainedTokenizerFast", unk_token=unk, add_bos_token=False,
         bos_token=tokenizer.name_of(tokenizer.bos), eos_token=tokenizer.name_of(tokenizer.eos),
@@ -137,9 +136,7 @@ def without_prefix(part: Any) -> Any:
     """A normalizer or pre-tokenizer that puts no blank in front of a text."""
     if isinstance(part, list):
         return [without_prefix(one) for one in part if one.get("type") != "Prepend"]
-    if not isinstance(part, dict):
-        return part
-    if part["type"] == "Prepend":
+    if part is None or part["type"] == "Prepend":
         return None
     changed = {k: without_prefix(part[k]) for k in ("normalizers", "pretokenizers") if k in part}
     if part["type"] in ("ByteLevel", "Metaspace"):
@@ -173,15 +170,13 @@ class JsonTokenizer:
             raise ValueError("it has no end-of-text token")
         self.coder.add_special_tokens([bos, eos] if bos else [eos])  # if they were not marked so
         added = self.coder.get_added_tokens_decoder().values()
-        special = {token.content for token in added if token.special}
-        self.special_tokens = {text: vocab[text] for text in sorted(special, key=vocab.get)
-                               if text != self.unk}
+        special = {token.content for token in added if token.special} - {self.unk}
+        self.special_tokens = {text: vocab[text] for text in sorted(special, key=vocab.get)}
         self.bos, self.eos = vocab.get(bos), vocab[eos]
         # As its post-processor does, unless tokenizer_config.json has a word on it.
         says, does = spec.get("add_bos_token"), self.coder.encode("a").ids[:1] == [self.bos]
         self.add_bos = bos is not None and bool(does if says is None else says)
-        self.pieces = self.spell_out({t: i for t, i in vocab.items()
-                                      if t not in special and t != self.unk})
+        self.pieces = self.spell_out({t: vocab[t] for t in vocab.keys() - special - {self.unk}})
 
     def choose(self, spec: dict, name: str, vocab: dict[str, int]) -> str | None:
         """The text of BOS or EOS: as tokenizer_config.json or a manifest says, or the usual one."""
