@@ -2,9 +2,8 @@
 
     python prepare.py configs/demo.py                      # the text that every Python brings along
     python prepare.py configs/demo.py --input=novels/      # your own .txt .md .py .jsonl .parquet
+    python prepare.py configs/demo.py --verify             # or --stats: what is in a prepared set
     python prepare.py configs/amber_7b.py --chunks=0-3     # released rows, fetched chunk by chunk
-    python prepare.py configs/demo.py --verify             # check every file against its hash
-    python prepare.py configs/demo.py --stats              # what is in a prepared set
     python prepare.py --hub=LLM360/Amber@ckpt_100 --to=DIR # a published model, fetched once
 
 Documents are tokenized and end in EOS; each source is one long stream of tokens, cut into rows of
@@ -21,8 +20,7 @@ the same. Reads the sources of the run file; writes data/<dataset>/, whole or no
                         document in the stream, number of its file, line); <source>_files.json.
                         Row r begins at token r (seq_len + 1), or r seq_len where rows overlap
 
-Until then all is in data/<dataset>.part/, one finished stretch after the other: the same command
-goes on after a kill. Chunks of a release are made one at a time, and may be trained meanwhile.
+Until then all is in data/<dataset>.part/, and the same command goes on after a kill.
 """
 
 import contextlib
@@ -34,7 +32,6 @@ import re
 import shutil
 import sys
 import time
-import typing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,10 +42,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Source, Stop, fill, is_locked, key,
-                     load, locked, read_sealed, run, say, sha256_file, split_words, sync,
-                     write_atomic, write_sealed)
-from extras.fetch import fetch_repo
+from configs import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Source, Stop, is_locked, key, load,
+                     locked, read_sealed, run, say, sha256_file, sync, write_atomic, write_sealed)
+from extras.fetch import HubOptions, fetch_command, shown
 from extras.plan import bill
 from extras.sources import Corpus, is_remote, open_corpus
 from extras.tokenizers import choose_tokenizer, load_tokenizer, tokenizer_file
@@ -65,19 +61,12 @@ SYNC_EVERY = 1 << 30  # bytes dealt to the chunks between two notes of how far i
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    input: str | None = key("your own text instead of the sources: a file or folder of "
-                            ".jsonl .parquet .txt .md .py and other text", None, pattern=".+")
+    input: str | None = key("your own text, a file, a folder or a URL, instead of the sources",
+                            None, pattern=".+")
     chunks: str | None = key("of a release: which chunks to make, as in 0-3; none: all", None,
                              pattern="[0-9]+(-[0-9]+)?")
     verify: bool = key("check a prepared set instead of making one", False)
     stats: bool = key("show what is in a prepared set instead of making one", False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    hub: str = key("what to fetch: OWNER/NAME[@REVISION], or datasets/OWNER/NAME[@REVISION]")
-    to: str = key("the folder it is fetched to", pattern=".+")
-    files: str = key("which of its files, as in data/*.parquet; empty: those of a model", "")
 
 
 def permutation(n: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
@@ -99,9 +88,10 @@ class Part:
     held_rows: np.ndarray | None  # where a source has too few documents to hold out whole ones
 
     def stream(self, epoch: int) -> Stream:
-        return self.streams[epoch if self.corpus.source.fim_rate else 0]
+        return self.streams[epoch % len(self.streams)]
 
-    def side(self, held: bool) -> bool | None:  # whose documents the rows are cut from: none, all
+    def side(self, held: bool) -> bool | None:
+        """Whose documents the rows are cut from; none: all."""
         return held if self.held_rows is None else None
 
     def rows(self, epoch: int, work: Work) -> int:
@@ -186,32 +176,31 @@ def deal(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None
 
     How far it went is noted from time to time; what is written after that is written again.
     """
-    N, width, note = work.config.data.n_chunks, work.row * np.dtype(work.dtype).itemsize, (
-        work.folder / "work" / "dealt.json")
-    mine = [out.name, per_chunk]
-    done = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    start_s, start_i = done["at"] if done.get("of") == mine else (0, 0)
+    N, width = work.config.data.n_chunks, work.row * np.dtype(work.dtype).itemsize
+    note = out / "dealt.json"  # beside what it vouches for
+    done = json.loads(note.read_text()) if note.is_file() else 0  # rows, over all sources
     for k in range(N):
         (out / chunk_name(k)).touch()
     bar, unsynced = tqdm(desc="deal", total=sum(per_chunk) * N * width, unit="B", unit_scale=True,
                          disable=None), 0
     for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
-        for i, rows in part.training(n * N, start_i if s == start_s else 0, work):
-            if s < start_s:
-                break
+        before = sum(per_chunk[:s]) * N
+        for i, rows in part.training(n * N, max(0, done - before), work):
             for k in range(N):
                 first = (k - i) % N
                 if first < len(rows):
                     with open(out / chunk_name(k), "r+b") as file:
-                        file.seek((sum(per_chunk[:s]) + (i + first) // N) * width)
+                        file.seek((before + i + first) // N * width)
                         file.write(np.ascontiguousarray(rows[first::N], work.dtype))
             bar.update(len(rows) * width)
             unsynced += len(rows) * width
             if unsynced >= SYNC_EVERY:
-                [sync(out / chunk_name(k)) for k in range(N)]
-                write_atomic(note, json.dumps(dict(of=mine, at=[s, i + len(rows)])))
+                for k in range(N):
+                    sync(out / chunk_name(k))
+                write_atomic(note, json.dumps(before + i + len(rows)))
                 unsynced = 0
     bar.close()
+    note.unlink(missing_ok=True)
 
 
 def write_held_out(s: int, part: Part, work: Work, out: Path) -> int:
@@ -222,12 +211,12 @@ def write_held_out(s: int, part: Part, work: Work, out: Path) -> int:
         found, numbers = found + [rows[:room].copy()], numbers + at[:room].tolist()
         if room <= len(rows) and part.held_rows is None:
             break
-    rows = np.concatenate(found) if found else np.zeros((0, work.row))
-    (out / valid_name(name)).write_bytes(np.ascontiguousarray(rows, work.dtype).tobytes())
-    origin = [np.full(len(rows), s), np.full(len(rows), HELD_OUT), np.array(numbers, np.int64)]
-    np.save(out / "provenance" / f"{valid_name(name)}.npy", np.stack(origin, axis=1))
+    (out / valid_name(name)).write_bytes(b"".join(rows.astype(work.dtype).tobytes()
+                                                  for rows in found))
+    origin = np.array([(s, HELD_OUT, number) for number in numbers], np.int64).reshape(-1, 3)
+    np.save(out / "provenance" / f"{valid_name(name)}.npy", origin)
     write_documents(out / "provenance" / f"{name}_held_out.npy", part.stream(0), part.side(True))
-    return len(rows)
+    return len(numbers)
 
 
 def write_origins(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None:
@@ -365,9 +354,10 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
     sources = []
     for c in corpora:
         facts = dataclasses.asdict(c.source)
-        there = is_remote(c.source) or c.kind != "text"
-        path = facts.pop("path")
-        sources.append(facts | dict(origin=path if there else Path(path).name, revision=c.revision))
+        del facts["licence"]  # of which no byte follows
+        there, path = is_remote(c.source) or c.kind != "text", facts.pop("path")
+        sources.append(facts | dict(origin=shown(path) if there else Path(path).name,
+                                    revision=c.revision))
     keys = ("n_chunks", "rows_per_chunk", "valid_share", "valid_rows", "seed", "text_key",
             "encoding", "special_tokens", "bos", "overlap")
     return dict(format=FORMAT, sources=sources, seq_len=config.model.seq_len,
@@ -379,10 +369,8 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
 
 def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dict]) -> dict:
     """The manifest of a set, without its files."""
-    # Another release of sentencepiece may train another tokenizer from the same recipe. A licence
-    # is no part of what the bytes follow from.
-    follows = recipe | {"sha256": work.tokenizer.spec()["sha256"], "sources": [
-        {k: v for k, v in one.items() if k != "licence"} for one in recipe["sources"]]}
+    # Another release of sentencepiece may train another tokenizer from the same recipe.
+    follows = recipe | {"sha256": work.tokenizer.spec()["sha256"]}
     return dict(
         format=FORMAT, recipe=recipe,
         data_hash=hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest(),
@@ -412,10 +400,11 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
     parts = [hold_out(corpus, index, work) for index, corpus in enumerate(corpora)]
     per_chunk = shares(config, [part.rows(0, work) for part in parts])
     check_shares(parts, per_chunk, work)
-    for part, n in zip(parts, per_chunk, strict=True):  # FIM is drawn anew in each epoch
-        while part.corpus.source.fim_rate and n * data.n_chunks > sum(
-                part.rows(epoch, work) for epoch in range(len(part.streams))):
-            part.streams.append(tokenize(part.corpus, len(part.streams), work))
+    for part, n in zip(parts, per_chunk, strict=True):
+        # FIM is drawn anew in each epoch. Epochs differ by some rows: no new one for a hundredth.
+        epochs = n * data.n_chunks / part.rows(0, work)
+        for epoch in range(1, int(np.ceil(epochs - 0.01)) if part.corpus.source.fim_rate else 1):
+            part.streams.append(tokenize(part.corpus, epoch, work))
     deal(parts, per_chunk, work, out)
     write_origins(parts, per_chunk, work, out)
     sources = []
@@ -423,8 +412,9 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
         counts, rows, by_row = part.stream(0).counts, part.rows(0, work), part.held_rows is not None
         used = n * data.n_chunks
         sources.append(recipe["sources"][s] | dict(
-            documents=counts["documents"], bytes=counts["bytes"], notes=dict(part.corpus.notes),
-            all_tokens=counts["tokens"], rows=rows, rows_per_chunk=n,
+            licence=part.corpus.source.licence, notes=dict(part.corpus.notes), rows=rows,
+            rows_per_chunk=n, documents=counts["documents"], bytes=counts["bytes"],
+            all_tokens=counts["tokens"],
             tokens=counts["tokens"] - (0 if by_row else counts["held_tokens"]),
             epochs=round(used / rows, 4), valid_rows=write_held_out(s, part, work, out),
             rows_left_out=max(0, rows - used)))
@@ -449,7 +439,7 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
     if len(free) < max(1, size):
         raise Stop(DATA, f"{corpus.files[k].path} has {len(origin)} rows, {held.sum()} held out: "
                    f"fewer than {max(1, size)} to train; give a smaller --rows_per_chunk")
-    used[free[len(free) - size:]] = True
+    used[free[len(free) - size:]], origin[held, 1] = True, HELD_OUT
     files = [(chunk_name(k), used)] + [(valid_name(name), held & (origin[:, 0] == s))
                                        for s, name in enumerate(names) if k == 0]
     edges = np.cumsum([0] + [len(rows) for rows in stretches])
@@ -457,20 +447,19 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
         with open(out / f"{name}.part", "wb") as file:
             for rows, start, end in zip(stretches, edges[:-1], edges[1:], strict=True):
                 file.write(rows[mine[start:end]].tobytes())
-        np.save(out / "provenance" / f"{name}.npy",
-                origin[mine] * [1, 1 if name == chunk_name(k) else 0, 1] + [
-                    0, 0 if name == chunk_name(k) else HELD_OUT, 0])
+        np.save(out / "provenance" / f"{name}.npy", origin[mine])
         sync(out / f"{name}.part")
         (out / f"{name}.part").rename(out / name)
     manifest["rows_per_chunk"] = size
     for s, name in enumerate(() if chunk_name(k) in manifest["files"] else names):  # counted once
-        n = int((used & (origin[:, 0] == s)).sum())
+        n, all_rows, n_held = (int((mask & (origin[:, 0] == s)).sum()) for mask in
+                               (used, True, held))
         if s == len(manifest["sources"]):
             manifest["sources"].append(manifest["recipe"]["sources"][0] | dict(
-                name=name, documents=0, bytes=0, notes={}, all_tokens=0, rows=0, rows_per_chunk=n,
-                tokens=0, epochs=1, valid_rows=int((held & (origin[:, 0] == s)).sum()),
+                name=name, licence=corpus.source.licence, documents=0, bytes=0, notes={}, rows=0,
+                all_tokens=0, rows_per_chunk=n, tokens=0, epochs=1, valid_rows=n_held,
                 rows_left_out=0))
-        one, all_rows = manifest["sources"][s], int((origin[:, 0] == s).sum())
+        one = manifest["sources"][s]
         one.update(rows=one["rows"] + n, tokens=one["tokens"] + n * work.row,
                    all_tokens=one["all_tokens"] + all_rows * work.row,
                    notes={kind: one["notes"].get(kind, 0) + notes[kind]
@@ -478,27 +467,30 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
                    rows_left_out=one["rows_left_out"] + all_rows - n)
     names = [name for name, _ in files]
     facts = file_facts(out, names + [f"provenance/{name}.npy" for name in names], work)
-    for name in facts.keys() & manifest["files"].keys():
-        if manifest["files"][name] != facts[name]:
-            raise Stop(DATA, f"{out / name} is not what it was when it was made before")
+    if changed := [n for n in facts if manifest["files"].get(n, facts[n]) != facts[n]]:
+        raise Stop(DATA, f"{out / changed[0]} is not what it was when it was made before")
     manifest["files"] |= facts
 
 
-def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, chosen: str | None
+def to_make(corpus: Corpus, n_chunks: int, folder: Path, chosen: str | None) -> list[int]:
+    """Which chunks of a release are to be made: the first, of which rows are held out, and what was
+    asked for; one that was made and let go only if it is named."""
+    first, _, last = (chosen or f"0-{n_chunks - 1}").partition("-")
+    asked, n = range(int(first), int(last or first) + 1), min(n_chunks, len(corpus.files))
+    if not asked or asked[-1] >= n or n_chunks > n:
+        raise Stop(USAGE, f"n_chunks = {n_chunks}, the release has {len(corpus.files)} files: "
+                   f"give a smaller --n_chunks, or --chunks within 0-{n - 1}")
+    made = read_manifest(folder)["files"] if folder.exists() else {}
+    return [k for k in sorted({0, *asked}) if chunk_name(k) not in made or (
+        chosen and k in asked and not (folder / chunk_name(k)).is_file())]
+
+
+def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, todo: list[int]
             ) -> None:
     """Make the chunks of a release one after the other; each may be trained when it is made."""
-    first, _, last = (chosen or f"0-{recipe['n_chunks'] - 1}").partition("-")
-    asked = range(int(first), int(last or first) + 1)
-    n = min(recipe["n_chunks"], len(corpus.files))
-    if not asked or asked[-1] >= n or recipe["n_chunks"] > n:
-        raise Stop(USAGE, f"n_chunks = {recipe['n_chunks']}, the release has {len(corpus.files)} "
-                   f"files: give a smaller --n_chunks, or --chunks within 0-{n - 1}")
-    for k in sorted({0, *asked}):  # the first chunk is where rows are held out of
+    for k in todo:
         where = folder if folder.exists() else out
         manifest = read_manifest(folder) if folder.exists() else manifest_of(recipe, work, 0, [])
-        if chunk_name(k) in manifest["files"] and (
-                (where / chunk_name(k)).is_file() or chosen is None or k not in asked):
-            continue
         make_chunk(corpus, k, manifest, work, where)
         if not folder.exists():
             manifest["files"] |= file_facts(out, set_files(out), work)
@@ -522,21 +514,19 @@ def publish(out: Path, folder: Path) -> None:
 
 def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
     """Make a data set, or what it still lacks."""
-    part, data, made = Path(f"{folder}.part"), config.data, folder.exists()
-    work_folder = part / "work"
-    listings = folder / "provenance" if made else work_folder
+    data, made, part = config.data, folder.exists(), Path(f"{folder}.part")
+    listings = folder / "provenance" if made else part / "work"
     corpora = [open_corpus(source, data, listings / f"{source.name}_listing.json", made)
                for source in data.sources]
-    for index, corpus in enumerate(corpora):
+    for s, corpus in enumerate(corpora):
         if not corpus.source.rows:
-            order = permutation(len(corpus.files), data.seed, FILE_ORDER, index)
+            order = permutation(len(corpus.files), data.seed, FILE_ORDER, s)
             corpus.files = [corpus.files[i] for i in order]
     recipe = recipe_of(config, corpora)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     if made:
         manifest = read_manifest(folder)
-        differs = [k for k in recipe if manifest["recipe"].get(k) != recipe[k]]
-        if differs:
+        if differs := [k for k in recipe if manifest["recipe"].get(k) != recipe[k]]:
             raise Stop(DATA, f"{folder} holds another data set (other {', '.join(differs)}); "
                        "nothing was changed: give --dataset=NAME, here and to train.py, or remove "
                        f"{folder}")
@@ -544,21 +534,26 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
             say(f"{folder} is prepared already")
             return
-    work_folder.mkdir(parents=True, exist_ok=True)
+    (work_folder := part / "work").mkdir(parents=True, exist_ok=True)
     try:
-        bill(config, corpora, part)
+        todo = to_make(corpora[0], data.n_chunks, folder, options.chunks) if (
+            corpora[0].source.rows) else list(range(data.n_chunks))
+        bill(config, corpora, part, len(todo))
         tokenizer = choose_tokenizer(config, corpora, work_folder / f"{digest}.tokenizer")
         out, workers = part / digest, data.workers or os.cpu_count() or 1
         (out / "provenance").mkdir(parents=True, exist_ok=True)
         (out / tokenizer.file).write_bytes(tokenizer.data)
-        for path in work_folder.glob("*_listing.json"):
-            shutil.copy(path, out / "provenance")
+        for source in [] if made else filter(is_remote, data.sources):
+            name = f"{source.name}_listing.json"
+            kept = json.loads((work_folder / name).read_text(encoding="utf-8"))
+            kept["files"] = [one | {"url": shown(one["url"])} for one in kept["files"]]
+            write_atomic(out / "provenance" / name, json.dumps(kept))
         with (ProcessPoolExecutor(workers, get_context("spawn"), leave_with_parent)
               if workers > 1 else contextlib.nullcontext()) as pool:
             work = Work(config, part, tokenizer, out / tokenizer.file, "uint16" if
                         tokenizer.vocab_size <= 2**16 else "uint32", pool, workers)
             if corpora[0].source.rows:
-                release(corpora[0], recipe, work, out, folder, options.chunks)
+                release(corpora[0], recipe, work, out, folder, todo)
             else:
                 if not (out / "manifest.json.sha256").is_file():
                     write_sealed(out / "manifest.json", make(corpora, recipe, work, out))
@@ -575,11 +570,7 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
     if any(word.startswith("--hub") for word in argv):
-        words, given = split_words(argv, typing.get_type_hints(HubOptions))
-        if words:
-            raise Stop(USAGE, f"expected --hub=REPO --to=DIR alone, got {' '.join(words)!r}")
-        options = fill([HubOptions], given)[0]
-        return fetch_repo(options.hub, options.files, Path(options.to))
+        return fetch_command(argv)
     config, options = load(argv, PrepareOptions)
     folder = Path("data") / config.data.dataset
     if options.verify or options.stats:
@@ -591,6 +582,8 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(own,)))
     if not config.data.sources:
         raise Stop(USAGE, f"{argv[0]} names no sources; give your own text: --input=PATH")
+    if options.chunks and not config.data.sources[0].rows:
+        raise Stop(USAGE, f"--chunks is for a release of ready rows, {argv[0]} is none")
     with locked(folder):
         prepare(config, options, folder)
     show(folder, read_manifest(folder))

@@ -261,7 +261,8 @@ def read_run(config: Config, manifest: dict, out: Path) -> dict:
     # What the rows were made from is what their manifest says, whatever the run file says now.
     made = manifest["recipe"]
     mine["data"] |= {k: made[k] for k in made.keys() & mine["data"].keys() - {"seed", "sources"}}
-    mine["data"]["sources"] = [{"path": one["origin"]} | {
+    licences = {one["origin"]: one["licence"] for one in manifest["sources"]}
+    mine["data"]["sources"] = [{"path": one["origin"], "licence": licences[one["origin"]]} | {
         k: v for k, v in one.items() if k not in ("origin", "revision")} for one in made["sources"]]
     if not path.is_file():
         return {"config": mine, "data_hash": manifest["data_hash"], "parent": None, "launches": []}

@@ -6,12 +6,10 @@
     fetch_repo("LLM360/Amber@ckpt_100", "", folder)  # prepare.py --hub=REPO[@REVISION] --to=DIR
 
 A download grows in PATH.part, PATH.part.json says what of; PATH is there whole and checked, or not
-at all. The same command goes on where an earlier one ended. The token in HF_TOKEN is sent to the
-hub alone, and is in no file and no message; nothing else is sent anywhere.
+at all. The token in HF_TOKEN is sent to the hub alone, and is in no file and no message.
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -24,15 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.parse import quote, unquote, urljoin
 
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError  # what a body breaks off with, below requests
 
-from configs import (CHECKPOINT, DATA, ENVIRONMENT, NAME, USAGE, Stop, read_sealed, say,
-                     sha256_file, sync, write_sealed)
+from configs import (CHECKPOINT, DATA, NAME, USAGE, Stop, fill, key, locked, read_sealed, say,
+                     sha256_file, split_words, sync, write_sealed)
 
 HUB = "https://huggingface.co"
 SCHEMES = ("https://",)  # what a URL, also of a redirect, must begin with
@@ -46,6 +44,13 @@ OURS = ("hub.json", "hub.json.sha256")  # what fetch_repo writes itself
 TOKENIZER = ("tokenizer.model", "tokenizer.json")
 BESIDE = (*TOKENIZER, "config.json", "generation_config.json", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    hub: str = key("what to fetch: OWNER/NAME[@REVISION], or datasets/OWNER/NAME[@REVISION]")
+    to: str = key("the folder it is fetched to", pattern=".+")
+    files: str = key("which of its files, as in data/*.parquet; empty: those of a model", "")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def check_name(name: str) -> str:
     last = name.lower().rpartition("/")[2]
     if (not name.isprintable() or "\\" in name or re.match("[A-Za-z]:", name)
             or {"", ".", ".."} & {*name.split("/")}
-            or last in OURS or last.endswith((".part", ".part.json", ".bad"))):
+            or last in OURS or last.endswith((".part", ".part.json", ".part.lock", ".bad"))):
         raise Stop(DATA, f"{name!r} is no name for a file; expected a path below its source, and "
                          "not .part, .part.json, .bad or hub.json: leave it out by --files")
     return name
@@ -194,15 +199,6 @@ def differs(path: Path, remote: Remote) -> str:
     return "" if found == known else f"has the hash {found}, expected {known}"
 
 
-def alone(file: io.FileIO, part: Path) -> bool:
-    """Whether path.part is ours: two that append to one could make a file of the right size."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)  # others: a file system without locks
-    return part.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(part))
-
-
 def begun(remote: Remote, have: int, note: Path) -> tuple[int, dict]:
     """How much of path.part can be gone on from, and its note: what the part is of."""
     new = {"url": shown(remote.url), "hash": remote.sha256 or remote.blob, "etag": ""}
@@ -279,10 +275,8 @@ def fetch(remote: Remote, path: Path, limit: int = LIMIT) -> None:
             raise Stop(DATA, f"{path} {wrong}; move it away, and the same command fetches it")
         note.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab", buffering=0) as file:
-        if not alone(file, part):
-            raise Stop(ENVIRONMENT, f"{part} is being fetched by another process: wait for it")
+    # two that append to one part could make a file of the right size
+    with locked(part), open(part, "ab", buffering=0) as file:
         try:
             persist(lambda: attempt(remote, file, note, limit), remote.url,
                     lambda: os.fstat(file.fileno()).st_size)
@@ -443,3 +437,12 @@ def fetch_repo(spec: str, pattern: str, folder: Path) -> None:
     if "config.json" in {file.name for file in files} and not any(
             (folder / name).exists() for name in TOKENIZER):
         say(f"it came without a tokenizer: give --tokenizer=FILE to whatever reads {folder}")
+
+
+def fetch_command(argv: list[str]) -> None:
+    """prepare.py --hub=REPO[@REVISION] --to=DIR [--files=PATTERN]"""
+    words, given = split_words(argv, get_type_hints(HubOptions))
+    if words:
+        raise Stop(USAGE, f"expected --hub=REPO --to=DIR alone, got {' '.join(words)!r}")
+    options = fill([HubOptions], given)[0]
+    fetch_repo(options.hub, options.files, Path(options.to))

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from configs import (DATA, ENVIRONMENT, USAGE, DataConfig, Source, Stop, sha256_file,
                      write_atomic)
-from extras.fetch import Remote, ask, fetch, inside, list_hub, list_urls
+from extras.fetch import Remote, ask, fetch, inside, list_hub, list_urls, shown
 
 TEXT = (".txt .md .rst .tex .html .css .js .ts .py .ipynb .c .h .cc .cpp .hpp .cu .cs .java .go "
         ".kt .rs .rb .php .pl .lua .r .jl .hs .scala .swift .sh .sql").split()
@@ -94,7 +94,9 @@ def scan(path: Path, encoding: str) -> tuple[str, int | None, tuple[tuple[int, i
     with open(path, "rb") as file:
         while block := file.read(PART):
             digest.update(block)
-            if found := cut.search(block):
+            # closer in front, so that a file of any size has a hundred or two
+            far = not marks or at - marks[-1][0] >= min(at // 20, 1 << 25) - PART
+            if far and (found := cut.search(block)):
                 marks.append((at + found.end(), line + block.count(b"\n", 0, found.end())))
             line += block.count(b"\n")
             pending = len(decoder.getstate()[0])  # bytes of a character that began before
@@ -136,13 +138,12 @@ def choose(source: Source, names: Iterable[str]) -> list[str]:
         some = ", ".join(seen[:5]) or "an empty folder"
         what = source.files or "file of a kind known here (.jsonl .parquet .txt .md .py ...)"
         raise Stop(DATA, f"source {source.name}: no {what} in {source.path}, only {some}")
-    if source.subset == "tenth" and len(found) < 10:
-        raise Stop(DATA, f"source {source.name}: the first tenth of {len(found)} files is none; "
-                   "expected 10 files or more: give --sources without subset, or cut the files")
-    step = {"all": found, "even": found[::2], "odd": found[1::2], "tenth": found[:len(found) // 10]}
-    if not step[source.subset]:
-        raise Stop(DATA, f"source {source.name}: no file at an odd place, there is only {found[0]}")
-    return step[source.subset]
+    taken = {"all": found, "even": found[::2], "odd": found[1::2],
+             "tenth": found[:len(found) // 10]}[source.subset]
+    if not taken:
+        raise Stop(DATA, f"source {source.name}: the {source.subset} of {len(found)} files, first "
+                   f"{found[0]}, is none; expected 10 or more for a tenth, 2 for odd: leave it out")
+    return taken
 
 
 def find_files(source: Source) -> tuple[list[tuple[str, Path]], str]:
@@ -154,10 +155,9 @@ def find_files(source: Source) -> tuple[list[tuple[str, Path]], str]:
     if not root.exists():
         raise Stop(DATA, f"source {source.name}: {root} not found; expected a file or folder of "
                    ".jsonl .parquet .txt .md .py ...")
-    if root.is_file():
-        return [(name, root) for name in choose(source, [root.name])], "text"
-    below = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()
-             and not any(part.startswith(".") for part in p.relative_to(root).parts)}
+    below = {root.name: root} if root.is_file() else {
+        p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(root).parts)}
     return [(name, below[name]) for name in choose(source, below)], "text"
 
 
@@ -183,7 +183,7 @@ def open_corpus(source: Source, data: DataConfig, listing: Path, made: bool) -> 
     goes on with the same revision. That of a set that is `made` is not written again.
     """
     if is_remote(source):
-        asked = dict(path=source.path, files=source.files, subset=source.subset)
+        asked = dict(path=shown(source.path), files=source.files, subset=source.subset)
         kept = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
         if kept.get("asked") != asked and made:
             kept = dict(revision="another", files=[])
@@ -194,7 +194,7 @@ def open_corpus(source: Source, data: DataConfig, listing: Path, made: bool) -> 
                 dataclasses.asdict(one) for one in found if one.name in chosen])
             listing.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(listing, json.dumps(kept))
-        root = DOWNLOADS / re.sub("[^A-Za-z0-9._-]+", "_", source.path.partition("@")[0]) / (
+        root = DOWNLOADS / re.sub("[^A-Za-z0-9._-]+", "_", shown(source.path).partition("@")[0]) / (
             kept["revision"][:12])
         files = [File(one.name, inside(root, one.name), one.size, one.sha256 or one.blob, (), one)
                  for one in map(lambda facts: Remote(**facts), kept["files"])]
@@ -235,14 +235,16 @@ def at_hand(corpus: Corpus, number: int, data: DataConfig, fetched: bool = True)
     file = corpus.files[number]
     if file.remote is None:
         return file
-    facts = Path(f"{file.path}.{data.encoding}.json")
+    facts = Path(f"{file.path}.{data.encoding}.part.json")
     if fetched or not facts.is_file():
         fetch(file.remote, file.path)
     if not facts.is_file():
         found = look(file, corpus, data)
+        if found.size is None:
+            return None
         write_atomic(facts, json.dumps([found.size, found.sha256, found.marks]))
     size, sha256, marks = json.loads(facts.read_text(encoding="utf-8"))
-    return dataclasses.replace(file, size=size, sha256=sha256, marks=marks) if size else None
+    return dataclasses.replace(file, size=size, sha256=sha256, marks=marks)
 
 
 def cut(file: File, corpus: Corpus, size: int) -> list[Span]:
@@ -407,7 +409,7 @@ def texts_of(found: Iterator[tuple[int, dict]], span: Span, source: Source, data
         value = row
         for name in path.split(".") if path else ():
             value = value.get(name) if isinstance(value, dict) else None
-        if path and str(value) != wanted:
+        if path and wanted != (value if isinstance(value, str) else json.dumps(value, default=str)):
             notes["passed_over"] += 1
             continue
         text = row.get(key) if isinstance(row, dict) else None
@@ -438,12 +440,8 @@ def documents(span: Span, kind: str, source: Source, data: DataConfig, specials:
         yield line, True, True, clean(iter([text]), specials, notes)
 
 
-def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
-    """By the hash of where a document came from: nothing else in the set moves it."""
-    digest = hashlib.sha256(f"{data.seed}/{source}/{file}:{line}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < data.valid_share * 2**64
-
-
 def no_documents(corpus: Corpus) -> Stop:
-    return Stop(DATA, f"source {corpus.source.name}: 0 documents in {corpus.source.path}: "
-                f"{len(corpus.files)} files, nothing but blanks in them")
+    where = corpus.source.where
+    none = f"none has {where}" if where else "nothing but blanks in them"
+    return Stop(DATA, f"source {corpus.source.name}: 0 documents in {shown(corpus.source.path)}: "
+                f"{len(corpus.files)} files, {none}")

@@ -94,12 +94,17 @@ def whole_json(tokenizer: "Tokenizer | JsonTokenizer") -> tuple[bytes, str | Non
     return json.dumps(whole, ensure_ascii=False).encode(), unk
 
 
+def name_of(tokenizer: "Tokenizer | JsonTokenizer", special: int | None) -> str | None:
+    """The text of a special token's id."""
+    return next((text for text, i in tokenizer.special_tokens.items() if i == special), None)
+
+
 def tokenizer_files(tokenizer: "Tokenizer | JsonTokenizer") -> dict[str, bytes]:
     """File name -> content: what a checkpoint folder needs for AutoTokenizer to give our ids."""
     whole, unk = whole_json(tokenizer)
     config = dict(
         tokenizer_class="PreTrainedTokenizerFast", unk_token=unk, add_bos_token=False,
-        bos_token=tokenizer.name_of(tokenizer.bos), eos_token=tokenizer.name_of(tokenizer.eos),
+        bos_token=name_of(tokenizer, tokenizer.bos), eos_token=name_of(tokenizer, tokenizer.eos),
         clean_up_tokenization_spaces=False, split_special_tokens=True,  # the text "</s>" is text
         nano360=tokenizer.spec())
     return {tokenizer.file: tokenizer.data, "tokenizer.json": whole,
@@ -245,9 +250,5 @@ class JsonTokenizer:
         spec = {name: getattr(self, name) for name in
                 ("kind", "file", "vocab_size", "bos", "eos", "special_tokens")}
         return spec | dict(sha256=hashlib.sha256(self.data).hexdigest(),
-                           bos_token=self.name_of(self.bos), eos_token=self.name_of(self.eos),
+                           bos_token=name_of(self, self.bos), eos_token=name_of(self, self.eos),
                            add_bos_token=False)  # rows have none
-
-    def name_of(self, special: int | None) -> str | None:
-        """The text of a special token's id."""
-        return next((text for text, i in self.special_tokens.items() if i == special), None)

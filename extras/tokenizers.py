@@ -22,7 +22,7 @@ import numpy as np
 
 from configs import DATA, USAGE, Config, DataConfig, Stop, say, sha256_file, write_atomic
 from extras.fetch import fetch, list_hub
-from extras.sources import (DOWNLOADS, Corpus, at_hand, cut, documents, is_held_out, no_documents)
+from extras.sources import DOWNLOADS, Corpus, at_hand, cut, documents, no_documents
 from extras.tokenizer_json import JsonTokenizer
 
 BLOCK = 1 << 20  # characters tokenized at once: bounds memory, and no document is too long
@@ -141,10 +141,6 @@ class Tokenizer:
         spec["sha256"] = hashlib.sha256(self.data).hexdigest()
         return spec | ({"pattern": self.pattern} if self.kind == "tiktoken" else {})
 
-    def name_of(self, special: int | None) -> str | None:
-        """The text of a special token's id."""
-        return next((text for text, i in self.special_tokens.items() if i == special), None)
-
 
 def with_special(data: bytes, names: list[str]) -> bytes:
     """A sentencepiece model that goes on with these tokens, which no text is ever encoded to.
@@ -245,6 +241,12 @@ def fim_ids(coder: Tokenizer) -> list[int]:
     return ids
 
 
+def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
+    """By the hash of where a document came from: nothing else in the set moves it."""
+    digest = hashlib.sha256(f"{data.seed}/{source}/{file}:{line}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < data.valid_share * 2**64
+
+
 def sample_text(corpus: Corpus, data: DataConfig) -> Iterator[str]:
     """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
     limit = SAMPLE * corpus.source.weight / sum(one.weight for one in data.sources)
@@ -306,8 +308,11 @@ def choose_tokenizer(config: Config, corpora: list[Corpus], kept: Path) -> Token
     if extra and tokenizer.kind != "sentencepiece":
         raise Stop(USAGE, "special_tokens can be added to a sentencepiece model only, the "
                    f"tokenizer is {tokenizer.kind}")
-    if extra:
-        tokenizer = Tokenizer("sentencepiece", with_special(tokenizer.data, extra), {})
+    try:
+        tokenizer = Tokenizer("sentencepiece", with_special(tokenizer.data, extra), {}) if (
+            extra) else tokenizer
+    except RuntimeError as error:
+        raise Stop(USAGE, f"special_tokens: {str(error).partition(': ')[2]}") from error
     if tokenizer.vocab_size > config.model.vocab_size:
         raise Stop(DATA, f"tokenizer {name} has {tokenizer.vocab_size} ids, vocab_size "
                    f"is {config.model.vocab_size}: give --vocab_size={tokenizer.vocab_size}")

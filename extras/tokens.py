@@ -5,9 +5,9 @@
 
 A source is read in stretches: spans of its files, half a MB to 64. A worker writes the tokens of
 one, a table of its documents and, last, what it found: a stretch that has all three is finished,
-and no kill makes it be done again. The stretches in their order are the source's stream of tokens,
-whatever worker wrote which. A source may ask that its documents be rewritten to be filled in the
-middle (FIM), and a release's rows are checked here.
+and no kill makes it be done again. Stretches in their order are the source's stream of tokens,
+whatever worker wrote which. Documents are rewritten here to be filled in the middle (FIM), and the
+rows of a release checked.
 """
 
 import collections
@@ -28,9 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import DATA, NAME, Config, DataConfig, Source, Stop, sha256_file, write_atomic
-from extras.sources import (Corpus, Span, at_hand, cut, documents, is_held_out, is_remote,
-                            no_documents, read_json, skip_bad)
-from extras.tokenizers import Tokenizer, blocks, fim_ids, read_tokenizer
+from extras.sources import (Corpus, Span, at_hand, cut, documents, is_remote, no_documents,
+                            read_json, skip_bad)
+from extras.tokenizers import Tokenizer, blocks, fim_ids, is_held_out, read_tokenizer
 
 BATCH = 1 << 16  # tokens a worker collects before it writes them
 BLOCK = 1 << 24  # tokens read at once when rows are dealt
@@ -117,7 +117,6 @@ class Writer:
 
     def __init__(self, out: str, dtype: str):
         self.out, self.files = out, [open(f"{out}{end}", "wb") for end in (".tokens", ".docs")]
-        self.hashes = [hashlib.sha256(), hashlib.sha256()]
         self.dtype, self.ids, self.docs, self.at = dtype, [], [], 0
 
     def add(self, ids: list[int]) -> None:
@@ -127,11 +126,8 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        # an id too large for dtype raises
-        contents = np.array(self.ids, self.dtype).tobytes(), np.array(self.docs, np.int64).tobytes()
-        for file, digest, content in zip(self.files, self.hashes, contents, strict=True):
-            file.write(content)
-            digest.update(content)
+        self.files[0].write(np.array(self.ids, self.dtype).tobytes())  # raises on an id too large
+        self.files[1].write(np.array(self.docs, np.int64).tobytes())
         self.ids, self.docs = [], []
 
     def close(self, notes: dict, labels: Iterable[str] = ()) -> dict:
@@ -140,7 +136,7 @@ class Writer:
         for file in self.files:
             file.close()
         found = dict(count(read_table(self.out), self.at), notes=notes, labels=list(labels),
-                     sha256=[digest.hexdigest() for digest in self.hashes])
+                     sha256=hashes(self.out))
         write_atomic(Path(f"{self.out}.json"), json.dumps(found))
         return found
 
@@ -150,13 +146,17 @@ def read_table(out: str) -> np.ndarray:
     return np.fromfile(f"{out}.docs", np.int64).reshape(-1, 5)
 
 
+def hashes(out: str) -> list[str]:
+    paths = [Path(f"{out}{end}") for end in (".tokens", ".docs")]
+    return [sha256_file(path) if path.is_file() else "" for path in paths]
+
+
 def intact(out: str) -> dict | None:
     """What a job that was finished before found, if its files are as it left them."""
-    facts, paths = Path(f"{out}.json"), [Path(f"{out}.tokens"), Path(f"{out}.docs")]
-    if not facts.is_file() or not all(path.is_file() for path in paths):
+    if not (facts := Path(f"{out}.json")).is_file():
         return None
     found = json.loads(facts.read_text(encoding="utf-8"))
-    return found if found["sha256"] == [sha256_file(path) for path in paths] else None
+    return found if found["sha256"] == hashes(out) else None
 
 
 def count(table: np.ndarray, tokens: int) -> dict[str, int]:
@@ -276,7 +276,7 @@ def jobs_of(corpus: Corpus, numbers: Iterable[int], epoch: int, work: Work) -> I
     source, data, spec = corpus.source, work.config.data, json.dumps(work.tokenizer.spec())
     follows = [source.name, source.where, source.text_key or data.text_key, source.fim_rate, epoch,
                source.rows, corpus.kind, data.encoding, data.valid_share, data.seed, data.bos,
-               work.dtype, work.row, spec]
+               work.dtype, work.row * source.rows, spec]
     size = min(max(STRETCH[0], sum(f.size or 0 for f in corpus.files) // 256), STRETCH[1])
 
     def job(spans: list[tuple[int, str, Span]]) -> Job:
@@ -291,8 +291,7 @@ def jobs_of(corpus: Corpus, numbers: Iterable[int], epoch: int, work: Work) -> I
         if (file := at_hand(corpus, number, data, fetched=False)) is None:
             continue
         spans = [(number, file.sha256, span) for span in cut(file, corpus, size)]
-        if not file.path.is_file() and all(Path(f"{job([one]).out}.json").is_file()
-                                           for one in spans):
+        if not file.path.is_file() and all(intact(job([one]).out) for one in spans):
             yield from (job([one]) for one in spans)  # read before, and let go
             continue
         at_hand(corpus, number, data)
@@ -376,16 +375,24 @@ def tables(stream: Stream) -> Iterator[tuple[Stretch, np.ndarray]]:
         yield stretch, read_table(stretch.out) if stretch.table is None else stretch.table
 
 
+def on_side(table: np.ndarray, held: bool | None) -> np.ndarray:
+    """Which documents are held out, or are not; none: all are meant."""
+    return np.full(len(table), True) if held is None else (table[:, 3] & IS_HELD > 0) == held
+
+
 def segments(stream: Stream, held: bool | None) -> Iterator[np.ndarray]:
     """The tokens of a stream, or of its documents that are held out or not, in bounded arrays."""
     for stretch, table in tables(stream):
-        tokens, flags = open_tokens(f"{stretch.out}.tokens", stream.dtype), table[:, 3] & IS_HELD
-        turns = [0, *(np.flatnonzero(np.diff(flags)) + 1), len(table)] if held is not None else [0]
-        runs = [(a, b) for a, b in itertools.pairwise(turns) if a < b and flags[a] == held]
+        tokens, mine = open_tokens(f"{stretch.out}.tokens", stream.dtype), on_side(table, held)
         edges = np.append(table[:, 0], stretch.tokens)
-        for a, b in runs if held is not None else [(0, len(table))]:
-            for at in range(edges[a], edges[b], BLOCK):
+        turns = [0, *(np.flatnonzero(np.diff(mine)) + 1), len(table)]
+        for a, b in itertools.pairwise(turns):
+            for at in range(edges[a], edges[b], BLOCK) if a < b and mine[a] else ():
                 yield tokens[at:min(at + BLOCK, edges[b])]
+
+
+def n_rows(tokens: int, work: Work) -> int:
+    return max(0, (tokens - work.row) // work.stride + 1)
 
 
 def rows_of(found: Iterable[np.ndarray], work: Work, first: int = 0
@@ -399,16 +406,11 @@ def rows_of(found: Iterable[np.ndarray], work: Work, first: int = 0
             skip, size = skip - skipped, size + len(tokens) - skipped
         if waiting and (tokens is None or size >= BLOCK):
             whole = np.concatenate(waiting)
-            n = max(0, (len(whole) - work.row) // work.stride + 1)
-            if n:
+            if n := n_rows(len(whole), work):
                 views = np.lib.stride_tricks.sliding_window_view(whole, work.row)
                 yield first, views[::work.stride][:n]
             first, waiting = first + n, [whole[n * work.stride:].copy()]  # lets the rest go
             size = len(waiting[0])
-
-
-def n_rows(tokens: int, work: Work) -> int:
-    return max(0, (tokens - work.row) // work.stride + 1)
 
 
 def write_documents(path: Path, stream: Stream, held: bool | None) -> None:
@@ -420,8 +422,7 @@ def write_documents(path: Path, stream: Stream, held: bool | None) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for stretch, table in tables(stream):
             sizes, numbers = np.diff(np.append(table[:, 0], stretch.tokens)), table[:, 1]
-            mine = np.full(len(table), True) if held is None else (
-                table[:, 3] & IS_HELD > 0) == held
+            mine = on_side(table, held)
             starts = at + np.cumsum(sizes * mine) - sizes
             at += int(sizes[mine].sum())
             mine &= table[:, 3] & GOES_ON == 0

@@ -27,7 +27,7 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from configs import CHECKPOINT, DATA, ENVIRONMENT, USAGE, ModelConfig, Stop
+from configs import CHECKPOINT, DATA, USAGE, ModelConfig, Stop
 from conftest import REPO
 from extras import fetch as net
 from extras.fetch import Remote, ask, fetch, fetch_repo, inside, list_hub, list_urls
@@ -522,8 +522,8 @@ def test_killed_in_the_middle(hosts, tmp_path):
     part, end = tmp_path / "f.part", time.time() + 20
     while not (part.exists() and part.stat().st_size == THIRD) and time.time() < end:
         time.sleep(0.01)
-    text = stopped(ENVIRONMENT, fetch, remote(f"{hosts.hub.url}/f.bin", "size"), tmp_path / "f")
-    assert "another process" in text and part.stat().st_size == THIRD
+    text = stopped(CHECKPOINT, fetch, remote(f"{hosts.hub.url}/f.bin", "size"), tmp_path / "f")
+    assert f"process {process.pid} on" in text and part.stat().st_size == THIRD
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "f").exists()

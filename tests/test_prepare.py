@@ -1512,8 +1512,8 @@ def test_dealing_goes_on_where_it_was_noted(overlap, undisturbed, tmp_path, monk
 
     def killed(path, text):
         """The disk has what was there at the last note; the machine dies at the next but one."""
-        notes.append(json.loads(text)["at"])
-        chunks = sorted(path.parents[1].glob("*/train_*.bin"))
+        notes.append(json.loads(text))
+        chunks = sorted(path.parent.glob("train_*.bin"))
         if len(notes) % 3 == 0:
             for chunk in chunks:
                 chunk.write_bytes(saved[chunk])
@@ -1527,8 +1527,8 @@ def test_dealing_goes_on_where_it_was_noted(overlap, undisturbed, tmp_path, monk
         codes.append(prepare_here(Path("mix.py"), **options))
     assert set(codes) == {130, 0} and len(codes) > 8
     assert files_of(Path("data")) == should
-    assert {s for s, _ in notes} == {0, 1} and notes == sorted(notes)
-    assert len(notes) == len({(s, i) for s, i in notes}) + len(codes) - 1  # made again, in place
+    assert len(set(notes)) > 8 and notes == sorted(notes)
+    assert len(notes) == len(set(notes)) + len(codes) - 1  # made again, in place
 
 
 def test_killed_at_any_moment_a_preparation_goes_on(tmp_path):

@@ -247,7 +247,7 @@ def test_a_long_packed_text_is_one_document(room, model_file, monkeypatch):
 
 @pytest.mark.parametrize("where, wanted", [
     ("meta.set=Book", lambda i: i % 3 == 0), ("meta.set=a=b", lambda i: i % 3 == 1),
-    ("year=2001", lambda i: i % 2), ("meta.on=True", lambda i: i % 5 == 0)])
+    ("year=2001", lambda i: i % 2), ("meta.on=true", lambda i: i % 5 == 0)])
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_where(where, wanted, ending, room, model_file):
     """Only the documents that have a value somewhere inside; the others are counted."""
@@ -1234,3 +1234,69 @@ def test_memory_does_not_grow_with_the_text(room):
                       if line.startswith("PEAK")])
     assert len(peaks[0]) == 2 and min(peaks[0]) > 30
     assert all(large - small < 40 for small, large in zip(*peaks, strict=True)), peaks
+
+
+# ---- what a careful user runs into ---------------------------------------------------------------
+
+def test_a_licence_is_no_part_of_the_bytes(room, capfd):
+    write(Path("in"), {"a.txt": story(900, 1)})
+    before = files_of(made(dict(path="in", licence="unknown")))
+    assert prepare_here(dict(path="in", licence="mit")) == 0
+    assert "prepared already" in capfd.readouterr().out and files_of(Path("data/run")) == before
+
+
+def test_nothing_is_what_was_asked_for(room, capfd):
+    write(Path("in"), {"a.jsonl": lines_of(TEXTS[:5])})
+    said = refused(capfd, DATA, dict(path="in", where="meta.set=Boook"))
+    assert "none has meta.set=Boook" in said
+
+
+def test_a_token_that_is_there_already(room, capfd):
+    write(Path("in"), {"a.txt": story(900, 1)})
+    for names in ("</s>", "<a> <b> <a>"):
+        said = refused(capfd, configs.USAGE, dict(path="in"), special_tokens=names, vocab_size=500)
+        assert "special_tokens" in said and names.split()[-1] in said and "defined" in said
+
+
+def test_chunks_are_of_a_release(room, capfd):
+    write(Path("in"), {"a.txt": story(900, 1)})
+    assert prepare_here(dict(path="in"), "--chunks=0-1") == configs.USAGE
+    assert "--chunks" in capfd.readouterr().err and not Path("data").exists()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_files_that_several_sources_read_are_in_the_bill_once(passes, room, monkeypatch, capfd):
+    """And their tokens go to the sources by weight; the guess is worked out here again."""
+    write(Path("in"), {"a.jsonl": lines_of(TEXTS[:40], set="x") + lines_of(TEXTS[:40], set="y")})
+    size = Path("in/a.jsonl").stat().st_size
+    parts = [dict(name=one, path="in", where=f"set={one}", weight=w)
+             for one, w in (("x", 3.0), ("y", 1.0))][:passes]
+    made(parts)
+    rows = size / 2.5 * 2  # bytes of uint16, once through the file
+    said = capfd.readouterr().out.splitlines()[0]
+    assert f"reads {size / 1000:.3g}" in said and "in 1 file;" in said
+    assert f"{rows / 1000:.3g}kB of rows, needs {2 * rows / 1000:.3g}kB of disk" in said, said
+
+
+def test_a_bad_remote_file_is_bad_again(elsewhere, capfd):
+    """What one run was told to skip is not skipped by the next without a word."""
+    elsewhere.files = {"data/0.txt": "words of it " * 99, "data/1.txt": "\xe9" * 99}
+    source = dict(path="hf:datasets/o/n", files="data/*")
+    assert prepare_here(source, max_bad_documents=1, dataset="one", encoding="ascii") == 0
+    assert "byte 0 is not ascii" in refused(capfd, DATA, source, encoding="ascii")
+
+
+def test_epochs_of_fim_are_as_many_as_were_asked_for(room):
+    """Epochs differ by some rows: that is no reason for another pass over the source."""
+    write(Path("in"), {"a.jsonl": lines_of(TEXTS[:200])})
+    for seed in range(6):
+        folder = made(dict(path="in", fim_rate=0.9, epochs=2), seed=seed, dataset=f"s{seed}",
+                      rows_per_chunk=None, vocab_size=500,
+                      special_tokens="<|fim_prefix|> <|fim_middle|> <|fim_suffix|>")
+        source, = json.loads((folder / "manifest.json").read_text())["sources"]
+        assert 1.9 < source["epochs"] <= 2
+        rows = [tuple(row) for path in sorted(folder.glob("provenance/train_*.bin.npy"))
+                for row in np.load(path).tolist()]
+        assert len(set(rows)) == len(rows)
+        tables = {e: (folder / f"provenance/text_epoch_{e}.npy").read_bytes() for e in (0, 1)}
+        assert tables[0] != tables[1]

@@ -23,7 +23,7 @@ from configs import DATA, ENVIRONMENT, ModelConfig, Stop
 from conftest import REPO
 from extras import tokenizer_json
 from extras import tokenizers as ours
-from extras.tokenizer_json import JsonTokenizer, tokenizer_files
+from extras.tokenizer_json import JsonTokenizer, name_of, tokenizer_files
 from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, init_weights
 
@@ -227,10 +227,10 @@ def test_whether_bos_is_put_in_front(kind, config, bos, files, tmp_path):
 def test_the_ends_of_a_text_are_what_the_folder_says(files, tmp_path):
     end = dict(eos_token=dict(content="<|end|>", lstrip=False), bos_token="<|endoftext|>")
     tokenizer = load_tokenizer(folder_of(tmp_path, files["bytes"], end))
-    assert (tokenizer.name_of(tokenizer.bos), tokenizer.name_of(tokenizer.eos)) == (
+    assert (name_of(tokenizer, tokenizer.bos), name_of(tokenizer, tokenizer.eos)) == (
         "<|endoftext|>", "<|end|>")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (tokenizer.bos, tokenizer.name_of(tokenizer.eos)) == (None, "<|endoftext|>")
+    assert (tokenizer.bos, name_of(tokenizer, tokenizer.eos)) == (None, "<|endoftext|>")
 
 
 def test_a_model_or_ranks_win(files, tmp_path):

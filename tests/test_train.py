@@ -579,7 +579,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
              for name, n in (("train_000.bin", 24), ("valid_made.bin", 2))}
     write_sealed(folder / "manifest.json", dict(
         format=1, data_hash="0" * 64, tokenizer=spec, seq_len=2048, dtype="uint16", seed=11111,
-        n_chunks=360, rows_per_chunk=24, files=files, recipe=dict(sources=[], tokenizer=""), sources=[dict(
+        n_chunks=360, rows_per_chunk=24, files=files,
+        recipe=dict(sources=[], tokenizer=""), sources=[dict(
             name="made", origin="made", licence="none", weight=1.0, valid_rows=2)]))
     argv = [str(REPO / "configs/amber_7b.py"), "--n_layer=2", "--n_head=4", "--n_embd=64",
             "--n_inner=172", "--batch_size=8", "--max_steps=3", "--tokenizer_sha256="]
