@@ -130,7 +130,8 @@ class Part:
 def hold_out(corpus: Corpus, index: int, work: Work) -> Part:
     """Tokenize a source, and say which of its rows are held out.
 
-    Whole documents by hash where there are 100 or more; else single rows of the one stream.
+    Whole documents by hash where there are 100 or more, or where every epoch rewrites them, so that
+    a row of one is in none of another; else single rows of the one stream.
     """
     data, stream = work.config.data, tokenize(corpus, 0, work)
     if stream.counts["documents"] >= 100 or corpus.source.fim_rate:
