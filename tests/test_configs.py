@@ -499,6 +499,27 @@ def test_sealed_json_comes_back(tmp_path):
         assert done.returncode == 0
 
 
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_sealed_json_survives_a_kill_while_it_is_written_anew(done, tmp_path, monkeypatch):
+    """After any of its writes there is the old content or the new one, and its seal fits."""
+    path, write, writes = tmp_path / "manifest.json", configs.write_atomic, []
+    write_sealed(path, {"n": 1})
+
+    def killed(name, text):
+        if len(writes) == done:
+            raise KeyboardInterrupt
+        writes.append(name)
+        write(name, text)
+    monkeypatch.setattr(configs, "write_atomic", killed)
+    if done < 3:
+        with pytest.raises(KeyboardInterrupt):
+            write_sealed(path, {"n": 2})
+    else:
+        write_sealed(path, {"n": 2})
+        assert len(path.with_name("manifest.json.sha256").read_text().splitlines()) == 1
+    assert read_sealed(path, configs.DATA) == {"n": 1 if done < 2 else 2}
+
+
 @pytest.mark.parametrize("code", [configs.DATA, configs.CHECKPOINT])
 def test_sealed_json_that_was_tampered_with(tmp_path, code):
     path, seal = tmp_path / "a.json", tmp_path / "a.json.sha256"

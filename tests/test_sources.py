@@ -1300,3 +1300,8 @@ def test_epochs_of_fim_are_as_many_as_were_asked_for(room):
         assert len(set(rows)) == len(rows)
         tables = {e: (folder / f"provenance/text_epoch_{e}.npy").read_bytes() for e in (0, 1)}
         assert tables[0] != tables[1]
+    more = made(dict(path="in", fim_rate=0.9, epochs=3), seed=5, dataset="more", vocab_size=500,
+                rows_per_chunk=2 * source["rows"] + 1,
+                special_tokens="<|fim_prefix|> <|fim_middle|> <|fim_suffix|>")
+    tables = [(more / f"provenance/text_epoch_{e}.npy").read_bytes() for e in range(3)]
+    assert tables[2] == tables[0] != tables[1]  # one row more: the first is there once more
