@@ -428,6 +428,7 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
 
     Amber published no held-out rows: of every source valid_rows are taken out of the first chunk,
     by seed. All chunks are made of one size, and what is more is left out, as Amber's trainer did.
+    The way back from a row: its line in file k, by the names in provenance/<release>_files.json.
     """
     data, names = work.config.data, [one["name"] for one in manifest["sources"]]
     origin, stretches, notes = read_release(corpus, k, names, work)
@@ -494,6 +495,8 @@ def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, t
         manifest = read_manifest(folder) if folder.exists() else manifest_of(recipe, work, 0, [])
         make_chunk(corpus, k, manifest, work, where)
         if not folder.exists():
+            (out / "provenance" / f"{corpus.source.name}_files.json").write_text(
+                json.dumps([file.name for file in corpus.files]), encoding="utf-8")
             manifest["files"] |= file_facts(out, set_files(out), work)
         write_sealed(where / "manifest.json", manifest)
         if not folder.exists():

@@ -323,7 +323,9 @@ def tokenize(corpus: Corpus, epoch: int, work: Work) -> Stream:
             stream.counts.update({k: v for k, v in found.items() if isinstance(v, int)})
             corpus.notes.update(found["notes"] if epoch == 0 else {})
             bar.update(sum(span.end - span.start for span in job.spans))
-            done_with(corpus, job, data)
+            for span in job.spans if is_remote(corpus.source) and not data.keep_downloads else ():
+                if span.end == span.size:  # the file's last: it was read
+                    Path(span.path).unlink(missing_ok=True)
             if stretch.table is not None:
                 break
     check_bad(corpus, data)
@@ -356,13 +358,6 @@ def read_release(corpus: Corpus, k: int, names: list[str], work: Work
     corpus.notes.update(notes)
     check_bad(corpus, work.config.data)
     return np.concatenate(origin), stretches, notes
-
-
-def done_with(corpus: Corpus, job: Job, data: DataConfig) -> None:
-    """Let go of the downloads that a job was the last to read, unless they are kept."""
-    for span in job.spans:
-        if is_remote(corpus.source) and not data.keep_downloads and span.end == span.size:
-            Path(span.path).unlink(missing_ok=True)
 
 
 def open_tokens(path: Path | str, dtype: str) -> np.ndarray:

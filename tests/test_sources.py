@@ -763,6 +763,8 @@ def test_chunks_are_the_files_of_the_release(size, room):
     assert sum(one["rows"] for one in manifest["sources"]) == 3 * per_chunk
     assert [one["rows"] + one["rows_left_out"] for one in manifest["sources"]] == [
         3 * n for _, n in BLOCKS]
+    listed = json.loads((folder / "provenance" / f"{ROWS['name']}_files.json").read_text())
+    assert listed == [f"train_{k:03d}.jsonl" for k in range(3)]
     assert sorted(p.name for p in Path("data").iterdir()) == ["run"]
 
 
