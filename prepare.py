@@ -81,7 +81,7 @@ def permutation(n: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
 # ---- rows -> chunks ------------------------------------------------------------------------------
 
 @dataclass
-class Part:
+class Streams:
     """A source's streams, one for all epochs or, rewritten to be filled in the middle, one each."""
     corpus: Corpus
     streams: list[Stream]
@@ -127,18 +127,19 @@ class Part:
             yield numbers[mine], rows[mine]
 
 
-def hold_out(corpus: Corpus, index: int, work: Work) -> Part:
+def hold_out(corpus: Corpus, index: int, work: Work) -> Streams:
     """Tokenize a source, and say which of its rows are held out.
 
     Whole documents by hash where there are 100 or more, or where every epoch rewrites them, so that
     a row of one is in none of another; else single rows of the one stream.
     """
     data, stream = work.config.data, tokenize(corpus, 0, work)
-    if stream.counts["documents"] >= 100 or corpus.source.fim_rate:
-        return Part(corpus, [stream], None)
-    n = n_rows(stream.counts["tokens"], work)
-    n_valid = max(0, min(data.valid_rows, int(np.ceil(n * data.valid_share)), n - 1))
-    return Part(corpus, [stream], np.sort(permutation(n, data.seed, HELD_ORDER, index)[:n_valid]))
+    held_rows = None
+    if stream.counts["documents"] < 100 and not corpus.source.fim_rate:
+        n = n_rows(stream.counts["tokens"], work)
+        n_valid = max(0, min(data.valid_rows, int(np.ceil(n * data.valid_share)), n - 1))
+        held_rows = np.sort(permutation(n, data.seed, HELD_ORDER, index)[:n_valid])
+    return Streams(corpus, [stream], held_rows)
 
 
 def shares(config: Config, available: list[int]) -> list[int]:
@@ -154,7 +155,7 @@ def shares(config: Config, available: list[int]) -> list[int]:
     return rows.tolist()
 
 
-def check_shares(parts: list[Part], per_chunk: list[int], work: Work) -> None:
+def check_shares(parts: list[Streams], per_chunk: list[int], work: Work) -> None:
     """Refuse a mix that a source is too small for. Raises Stop(DATA)."""
     data = work.config.data
     for part, n in zip(parts, per_chunk, strict=True):
@@ -172,7 +173,7 @@ def check_shares(parts: list[Part], per_chunk: list[int], work: Work) -> None:
                        "smaller weight or a smaller --rows_per_chunk")
 
 
-def deal(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None:
+def deal(parts: list[Streams], per_chunk: list[int], work: Work, out: Path) -> None:
     """Write the chunks: training row i of a source goes to chunk i % N, there i // N of its rows.
 
     How far it went is noted from time to time; what is written after that is written again.
@@ -204,7 +205,7 @@ def deal(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None
     note.unlink(missing_ok=True)
 
 
-def write_held_out(s: int, part: Part, work: Work, out: Path) -> int:
+def write_held_out(s: int, part: Streams, work: Work, out: Path) -> int:
     """Write a source's held-out rows and where they come from; how many there are."""
     name, limit, found, numbers = part.corpus.source.name, work.config.data.valid_rows, [], []
     for at, rows in part.blocks(0, True, work):
@@ -220,7 +221,7 @@ def write_held_out(s: int, part: Part, work: Work, out: Path) -> int:
     return len(numbers)
 
 
-def write_origins(parts: list[Part], per_chunk: list[int], work: Work, out: Path) -> None:
+def write_origins(parts: list[Streams], per_chunk: list[int], work: Work, out: Path) -> None:
     """Write where every training row comes from: its source, epoch and row of the stream."""
     way, N, starts = out / "provenance", work.config.data.n_chunks, []
     for part, n in zip(parts, per_chunk, strict=True):

@@ -51,7 +51,7 @@ class File:
     path: Path  # where it is, or will be
     size: int | None
     sha256: str
-    marks: tuple[tuple[int, int], ...] = ()  # (byte, line) where it may be cut, one in PART
+    marks: tuple[tuple[int, int], ...] = ()  # (byte, line) where it may be cut
     remote: Remote | None = None
 
 
@@ -94,7 +94,7 @@ def scan(path: Path, encoding: str) -> tuple[str, int | None, tuple[tuple[int, i
     with open(path, "rb") as file:
         while block := file.read(PART):
             digest.update(block)
-            # closer in front, so that a file of any size has a hundred or two
+            # a twentieth of the way apart: some hundred in a GB; at most 32 MB: a worker's memory
             far = not marks or at - marks[-1][0] >= min(at // 20, 1 << 25) - PART
             if far and (found := cut.search(block)):
                 marks.append((at + found.end(), line + block.count(b"\n", 0, found.end())))

@@ -224,9 +224,9 @@ class JsonTokenizer:
         coder.add_special_tokens([*self.special_tokens])
         return coder
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text of any length, with neither BOS nor EOS."""
-        return self.encode_piece(text, first=True)
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """The ids of a text of any length, with neither BOS nor EOS; `first` as below."""
+        return self.encode_piece(text, first)
 
     def encode_piece(self, text: str, first: bool) -> list[int]:
         """The ids of a piece of a document, which is its first one or follows another.

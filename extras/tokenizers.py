@@ -103,10 +103,10 @@ class Tokenizer:
         if self.eos is None:
             raise ValueError("it has no end-of-text token")
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text of any length, with neither BOS nor EOS."""
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """The ids of a text of any length, with neither BOS nor EOS; `first` as below."""
         return [i for n, part in enumerate(blocks([text], self.block))
-                for i in self.encode_piece(part, first=n == 0)]
+                for i in self.encode_piece(part, first and n == 0)]
 
     def encode_piece(self, text: str, first: bool) -> list[int]:
         """The ids of a piece of a document, which is its first one or follows another."""
@@ -305,14 +305,14 @@ def choose_tokenizer(config: Config, corpora: list[Corpus], kept: Path) -> Token
         tokenizer = Tokenizer("sentencepiece", base64.b64decode(kept.read_text()), {})
     else:
         tokenizer = load_tokenizer(tokenizer_file(data), data.tokenizer_sha256)
-    if extra and tokenizer.kind != "sentencepiece":
-        raise Stop(USAGE, "special_tokens can be added to a sentencepiece model only, the "
-                   f"tokenizer is {tokenizer.kind}")
-    try:
-        tokenizer = Tokenizer("sentencepiece", with_special(tokenizer.data, extra), {}) if (
-            extra) else tokenizer
-    except RuntimeError as error:
-        raise Stop(USAGE, f"special_tokens: {str(error).partition(': ')[2]}") from error
+    if extra:
+        if tokenizer.kind != "sentencepiece":
+            raise Stop(USAGE, "special_tokens can be added to a sentencepiece model only, the "
+                       f"tokenizer is {tokenizer.kind}")
+        try:
+            tokenizer = Tokenizer("sentencepiece", with_special(tokenizer.data, extra), {})
+        except RuntimeError as error:
+            raise Stop(USAGE, f"special_tokens: {str(error).partition(': ')[2]}") from error
     if tokenizer.vocab_size > config.model.vocab_size:
         raise Stop(DATA, f"tokenizer {name} has {tokenizer.vocab_size} ids, vocab_size "
                    f"is {config.model.vocab_size}: give --vocab_size={tokenizer.vocab_size}")

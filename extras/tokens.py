@@ -64,11 +64,6 @@ def leave_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def encode(coder: Tokenizer, text: str, first: bool) -> list[int]:
-    return [i for n, part in enumerate(blocks([text], coder.block))
-            for i in coder.encode_piece(part, first and n == 0)]
-
-
 def fill_in_the_middle(coder: Tokenizer, text: str, rate: float, place: str) -> list[int]:
     """A document's ids, its text rewritten at this rate to end with its middle (2207.14255).
 
@@ -80,11 +75,11 @@ def fill_in_the_middle(coder: Tokenizer, text: str, rate: float, place: str) -> 
     draws = hashlib.sha256(f"fim/{place}".encode()).digest()
     chance, form, a, b = (int.from_bytes(draws[i:i + 8], "big") for i in (0, 8, 16, 24))
     if chance >= rate * 2**64:
-        return encode(coder, text, True)
+        return coder.encode(text)
     start, end = sorted(draw * (len(text) + 1) >> 64 for draw in (a, b))
     parts = [text[:start], text[start:end], text[end:]]
     opening = next((i for i, part in enumerate(parts) if part), 0)
-    prefix, middle, suffix = (encode(coder, part, i == opening) for i, part in enumerate(parts))
+    prefix, middle, suffix = (coder.encode(part, i == opening) for i, part in enumerate(parts))
     PRE, SUF, MID = fim_ids(coder)
     if form < 2**63:
         return [PRE, *prefix, SUF, *suffix, MID, *middle]  # PSM
@@ -189,6 +184,18 @@ def tokenize_job(job: Job) -> dict:
     return writer.close(notes)
 
 
+def what_is_wrong(ids: object, label: object, row: int, limit: int) -> str:
+    """With a row of a release, "" for nothing: `row` ids below `limit`, and a name."""
+    if not isinstance(ids, list) or not {type(i) for i in ids} <= {int}:  # True is none
+        return "no list of ids under 'token_ids'"
+    if len(ids) != row:
+        return f"{len(ids)} ids, expected {row}"
+    if min(ids) < 0 or max(ids) >= limit:
+        return f"an id outside of 0 to {limit - 1}"
+    named = isinstance(label, str) and re.fullmatch(NAME, label)
+    return "" if named else f"source {label!r} is no name"
+
+
 def rows_job(job: Job) -> dict:
     """Write the rows of a stretch of a release, each checked. In their table the number of the
     source's name among `labels` stands for that of the span."""
@@ -200,13 +207,7 @@ def rows_job(job: Job) -> dict:
         for line, row in read_json(span, job.data, notes):
             row = row if isinstance(row, dict) else {}
             ids, label = row.get("token_ids"), row.get("source", job.source.name)
-            wrong = ("no list of ids under 'token_ids'"
-                     if not isinstance(ids, list) or not {type(i) for i in ids} <= {int} else
-                     f"{len(ids)} ids, expected {job.row}" if len(ids) != job.row else
-                     f"an id outside of 0 to {limit - 1}" if min(ids) < 0 or max(ids) >= limit else
-                     "" if isinstance(label, str) and re.fullmatch(NAME, label) else
-                     f"source {label!r} is no name")
-            if wrong:
+            if wrong := what_is_wrong(ids, label, job.row, limit):
                 skip_bad(notes, job.data.max_bad_documents, f"{span.path}:{line}: {wrong} "
                          "(--max_bad_documents=N skips such lines)")
                 continue
@@ -312,7 +313,7 @@ def tokenize(corpus: Corpus, epoch: int, work: Work) -> Stream:
               total=None if None in sizes or limit else sum(sizes)) as bar:
         jobs = jobs_of(corpus, range(len(corpus.files)), epoch, work)
         for job, found in ordered(work.pool, tokenize_job, jobs, 2 * work.workers):
-            stretch, room = Stretch(job.out, job.numbers, found["tokens"]), None
+            stretch = Stretch(job.out, job.numbers, found["tokens"])
             if limit is not None and (room := limit - stream.counts["tokens"]) <= stretch.tokens:
                 table = read_table(job.out)  # of what begins where the limit is reached: nothing
                 over = np.flatnonzero((table[:, 0] >= room) & (table[:, 3] & GOES_ON == 0))
@@ -410,11 +411,11 @@ def rows_of(found: Iterable[np.ndarray], work: Work, first: int = 0
 
 def write_documents(path: Path, stream: Stream, held: bool | None) -> None:
     """The table of a stream's documents, (n, 3) int64: first token, number of the file, line."""
-    n = stream.counts["documents"] - (0 if held is None else stream.counts["held"])
-    n = stream.counts["held"] if held else n
-    header, at = dict(descr="<i8", fortran_order=False, shape=(n, 3)), 0
+    n, n_held = stream.counts["documents"], stream.counts["held"]
+    shape, at = ({None: n, True: n_held, False: n - n_held}[held], 3), 0
     with open(path, "wb") as file:  # not mapped: on a full disk that ends in no error but a signal
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr="<i8", fortran_order=False, shape=shape))
         for stretch, table in tables(stream):
             sizes, numbers = np.diff(np.append(table[:, 0], stretch.tokens)), table[:, 1]
             mine = on_side(table, held)
