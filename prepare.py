@@ -411,17 +411,16 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
     write_origins(parts, per_chunk, work, out)
     sources = []
     for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
-        counts, rows, by_row = part.stream(0).counts, part.rows(0, work), part.held_rows is not None
-        used = n * data.n_chunks
+        counts, rows, used = part.stream(0).counts, part.rows(0, work), n * data.n_chunks
         sources.append(recipe["sources"][s] | dict(
             licence=part.corpus.source.licence, notes=dict(part.corpus.notes), rows=rows,
             rows_per_chunk=n, documents=counts["documents"], bytes=counts["bytes"],
             all_tokens=counts["tokens"],
-            tokens=counts["tokens"] - (0 if by_row else counts["held_tokens"]),
+            tokens=counts["tokens"] - counts["held_tokens"] * (part.held_rows is None),
             epochs=round(used / rows, 4), valid_rows=write_held_out(s, part, work, out),
             rows_left_out=max(0, rows - used)))
-    manifest = manifest_of(recipe, work, sum(per_chunk), sources)
-    return manifest | dict(files=file_facts(out, set_files(out), work))
+    files = file_facts(out, set_files(out), work)
+    return manifest_of(recipe, work, sum(per_chunk), sources) | dict(files=files)
 
 
 def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) -> None:
