@@ -28,8 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configs import ENVIRONMENT, ModelConfig, Stop, verify
-from extras.hf_folders import read_config, read_weights, write_folder
+from configs import ENVIRONMENT, ModelConfig, Stop
+from extras.hf_folders import read_config, read_weights, verify, write_folder
 
 IGNORE = -100  # a target that is not counted
 LOSS_LOGITS = 2**22  # logits held at once for the loss: 16 MB, in and out of a CPU's cache

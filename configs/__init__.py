@@ -25,7 +25,6 @@ import math
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -178,6 +177,22 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = key("type of the matrix products", "auto",
                                                         free=True)
     compile: bool | None = key("compile each block; none: on CUDA only", None, free=True)
+    init_from: str | None = key("checkpoint whose weights the run starts with; none: random ones",
+                                None, pattern=".+")
+    init_optimizer: bool = key("start with the optimizer state of init_from too", False)
+    on_nonfinite: Literal["skip", "defer", "stop"] = key(
+        "a loss or gradient that is no number: skip the step; defer the chunk to the end of the "
+        "queue, and drop it if it fails again; or stop", "skip", free=True)
+    max_skips: int = key("such steps in a row at which the run stops all the same", 3, low=1,
+                         free=True)
+    save_steps: int | None = key("steps between two saves of last/, inside a visit; none: by time",
+                                 None, low=1, free=True)
+    save_minutes: float | None = key("minutes between two saves of last/; none: by steps alone",
+                                     10.0, above=0, free=True)
+    keep_optimizer: int | None = key("checkpoints whose optimizer state is kept, the newest; none: "
+                                     "all", None, low=2, free=True)
+    log_to: Literal["none", "wandb", "tensorboard"] = key(
+        "where metrics go besides metrics.jsonl: files below logs/", "none", free=True)
     log_every: int = key("steps between printed lines; metrics.jsonl has every step", 10, low=1,
                          free=True)
 
@@ -437,19 +452,6 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_state() -> dict:
-    """The commit of this code and whether anything was changed since; nulls without git."""
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
-                                  capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "clean": None if changed is None else not changed}
-
-
 def sync(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -489,34 +491,23 @@ def read_sealed(path: Path, code: int) -> dict:
                 raise Stop(code, f"{name} is missing: {path.parent} is not complete")
         content, sealed = path.read_bytes(), seal.read_text(encoding="utf-8", errors="replace")
         digest = hashlib.sha256(content).hexdigest()
-        if digest in [line.split(" ")[0] for line in sealed.splitlines()]:
+        if (re.fullmatch(f"([0-9a-f]{{64}}  {re.escape(path.name)}\n){{1,2}}", sealed)
+                and f"{digest}  " in sealed):
             return json.loads(content)
     raise Stop(code, f"{path} was changed: its sha256 is {digest}, {seal.name} says another")
-
-
-def verify(folder: Path, below: str = ".") -> None:
-    """Compare the files of a checkpoint of ours with the hashes in its state.json.
-
-    Those in the folder itself, or in the one `below` it: readers of weights need no optimizer.
-    A folder without state.json, such as a downloaded one, has nothing to compare with.
-    """
-    if not (folder / "state.json").exists() and not (folder / "state.json.sha256").exists():
-        return
-    for name, should in read_sealed(folder / "state.json", CHECKPOINT)["files"].items():
-        path = folder / name
-        if path.parent != folder / below:
-            continue
-        if not path.is_file() or sha256_file(path) != should:
-            what = "was changed" if path.is_file() else "is missing"
-            raise Stop(CHECKPOINT, f"{path} {what} since the checkpoint was written; "
-                       "choose another checkpoint or copy this one again")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of a folder. The lock of one that is killed goes with it."""
-    (path := Path(f"{folder}.lock")).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    path = Path(f"{folder}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise Stop(CHECKPOINT, f"cannot write to {folder}: {error.strerror}; free the name, or "
+                   "give --run=NAME or --dataset=NAME") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
@@ -593,8 +584,9 @@ def run(main: Callable[[list[str]], None], doc: str, classes: list[type],
         what = f"{stop.filename or 'storage'}: {stop.strerror or stop}"
         error, code, text = stop, CHECKPOINT, what
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    word = "error: " * (code < 128)  # above are signals that were obeyed
     for line in text.splitlines():
-        print(f"{rank}error: {line}", file=sys.stderr, flush=True)
+        print(f"{rank}{word}{line}", file=sys.stderr, flush=True)
     if debug:
         traceback.print_exception(error)
     return code

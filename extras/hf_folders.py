@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from configs import CHECKPOINT, ModelConfig, Stop, check_model, fill, sha256_file
+from configs import CHECKPOINT, ModelConfig, Stop, check_model, fill, read_sealed, sha256_file
 
 LLAMA_KEYS = {  # config.json -> ours
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd",
@@ -156,6 +156,24 @@ def read_config(folder: Path) -> ModelConfig:
     if errors := check_model(config):
         raise Stop(CHECKPOINT, "\n".join(f"{path}: {error}" for error in errors))
     return config
+
+
+def verify(folder: Path, below: str = ".") -> None:
+    """Compare the files of a checkpoint of ours with the hashes in its state.json.
+
+    Those in the folder itself, or in the one `below` it: readers of weights need no optimizer.
+    A folder without state.json, such as a downloaded one, has nothing to compare with.
+    """
+    if not (folder / "state.json").exists() and not (folder / "state.json.sha256").exists():
+        return
+    for name, should in read_sealed(folder / "state.json", CHECKPOINT)["files"].items():
+        path = folder / name
+        if path.parent != folder / below:
+            continue
+        if not path.is_file() or sha256_file(path) != should:
+            what = "was changed" if path.is_file() else "is missing"
+            raise Stop(CHECKPOINT, f"{path} {what} since the checkpoint was written; "
+                       "choose another checkpoint or copy this one again")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ import train
 from configs import Config, load, run, sha256_file, write_sealed
 from conftest import REPO
 from extras import tokenizers
+from extras.place import explain
 from model import Transformer, init_weights
 
 # A run of 4 chunks x 4 steps; --dtype=float32 where numbers are compared with another program's.
@@ -42,7 +43,8 @@ warmup_steps = 3
 batch_size = 8
 log_every = 4
 """
-TIMINGS = ("tok_per_s", "mfu", "memory", "time_data", "time_step")
+TIMINGS = ("tok_per_s", "mfu", "memory", *(
+    f"time_{name}" for name in ("data", "forward", "backward", "optimizer", "save")))
 
 
 def words(n: int, seed: int) -> str:
@@ -135,7 +137,8 @@ def test_every_row_once_and_as_computed_by_hand(room):
     assert seen[0] != seen[4]  # the second epoch has another order
     state = json.loads(Path("out/tiny/ckpt_005/state.json").read_text())
     assert (state["visit"], state["chunk"], state["epoch"], state["step"]) == (5, 1, 1, 24)
-    assert state["queue"] == [0, 1, 2, 3] * 2 and state["consumed"] == [0, 1, 2, 3, 0, 1]
+    queue = [[epoch, chunk] for epoch in (0, 1) for chunk in range(4)]
+    assert state["queue"] == queue and state["consumed"] == queue[:6]
     assert state["tokens"] == 24 * 8 * 32
 
 
@@ -486,7 +489,8 @@ BAD = [
     (nothing, ["--dtype=float16"], 2, ["--dtype", "float32 | bfloat16", "'float16'"]),
     (file_named_out, [], 4, ["out/tiny", "--run=NAME"]),
     (nothing, ["--run=../../elsewhere"], 2, ["--run"]),
-    (nothing, ["--lr=1e30", "--warmup_steps=0", "--dtype=float32"], 5, ["step 2", "nan", "--lr"]),
+    (nothing, ["--lr=1e30", "--warmup_steps=0", "--dtype=float32"], 5,
+     ["step 4", "nan", "chunk 0, rows", "lr is", "--lr", "incidents.jsonl"]),
     (nothing, ["--warmup_steps=16"], 2, ["the whole queue has 16 steps", "--warmup_steps=1"]),
     (garbage_run, [], 4, ["run.json is broken"]),
     (foreign_checkpoint, [], 4, ["ckpt_000 is none of this run", "seed"]),
@@ -519,13 +523,13 @@ def test_out_of_memory_says_what_to_change(room):
     config, place = config_of(), train.choose_place(config_of("--device=cpu"))
     for error in (torch.OutOfMemoryError("CUDA out of memory"),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
-        said = train.explain(error, config, place)
+        said = explain(error, config, place, 0)
         assert said.code == 6 and "micro-batches of 8 rows of 32" in str(said)
         assert "--micro_batch_size=4" in str(said)
-    one = train.explain(error, config_of("--micro_batch_size=1"), place)
+    one = explain(error, config_of("--micro_batch_size=1"), place, 0)
     assert "a smaller model" in str(one)
     other = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert train.explain(other, config, place) is None
+    assert explain(other, config, place, 0) is None
 
 
 def test_without_a_compiler(room):

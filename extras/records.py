@@ -1,0 +1,234 @@
+"""What a run writes down about itself, but for checkpoints: run.json, metrics and incidents.
+
+    record = read_run(config, manifest, out)        # of the folder, or a new one
+    write_run(record, out, place, argv, step)       # this launch is added
+    append(out / "metrics.jsonl", lines)
+
+A run's folder is publishable as it is: no absolute path and no name of a machine stands in it.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs import (CHECKPOINT, DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Stop, from_json,
+                     read_sealed, say, to_json, write_atomic)
+from extras.hf_folders import checkpoint_hash
+from extras.place import Place
+from model import hardware
+
+
+# ---- run.json ------------------------------------------------------------------------------------
+
+def git_state() -> dict:
+    """The commit of this code and whether anything was changed since; nulls without git."""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
+                                  capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "clean": None if changed is None else not changed}
+
+
+def portable(value: object) -> object:
+    """Absolute paths cut down to their names: a run's folder is publishable as it is."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(v) for v in value]
+    if isinstance(value, str):
+        key, equals, word = value.partition("=") if value.startswith("--") else ("", "", value)
+        return key + equals + Path(word).name if Path(word).is_absolute() else value
+    return value
+
+
+def read_run(config: Config, manifest: dict, out: Path) -> dict:
+    """The run.json of a run's folder, or a new one. Raises Stop if it is another run's."""
+    path, mine = out / "run.json", portable(to_json(config))
+    # What the rows were made from is what their manifest says, whatever the run file says now.
+    made = manifest["recipe"]
+    mine["data"] |= {k: made[k] for k in made.keys() & mine["data"].keys() - {"seed", "sources"}}
+    licences = {one["origin"]: one["licence"] for one in manifest["sources"]}
+    mine["data"]["sources"] = [{"path": one["origin"], "licence": licences[one["origin"]]} | {
+        k: v for k, v in one.items() if k not in ("origin", "revision")} for one in made["sources"]]
+    if not path.is_file():
+        return {"config": mine, "data_hash": manifest["data_hash"], "parent": None, "launches": []}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        theirs = to_json(from_json(record["config"]))  # a key that is newer has its default
+    except (ValueError, KeyError, TypeError, AttributeError, Stop) as error:
+        raise Stop(CHECKPOINT, f"{path} is broken ({error}); mend it or give --run=NAME") from error
+    free = {f.name: f.metadata["free"] for c in SECTIONS.values() for f in dataclasses.fields(c)}
+    was, now = ({k: v for section in sections.values() for k, v in section.items()}
+                for sections in (theirs, to_json(from_json(mine))))
+    if differ := [k for k in now if was[k] != now[k] and not free[k]]:
+        rows = "\n".join(f"  {k:<18} {was[k]!s:<24} {now[k]!s}" for k in differ)
+        raise Stop(USAGE, f"{out} is another run: give --run=NAME for a new one\n"
+                   f"  {'key':<18} {'the run has':<24} now\n{rows}")
+    if record["data_hash"] != manifest["data_hash"]:
+        raise Stop(DATA, f"data/{config.data.dataset} is not what {out} was trained on: data hash "
+                   f"{manifest['data_hash']}, the run has {record['data_hash']}; give --run=NAME, "
+                   "and --init_from=CKPT to begin with this run's weights")
+    return record | {"config": mine}
+
+
+def parent_of(config: Config) -> dict | None:
+    """The checkpoint of init_from: the sha256 of its weights, and how far it was trained."""
+    if config.train.init_from is None:
+        return None
+    folder, known = Path(config.train.init_from), {}
+    if (folder / "state.json").exists():
+        known = read_sealed(folder / "state.json", CHECKPOINT)
+    return {"checkpoint": portable(str(folder)), "sha256": checkpoint_hash(folder)} | {
+        k: known.get(k) for k in ("step", "updates", "tokens")}
+
+
+def exact_facts(config: Config, place: Place) -> dict:
+    """What changes the order of additions, and so the last bits of all that follows."""
+    return {"world": place.world, "hardware": hardware(place.device), "compile": place.compile,
+            "dtype": str(place.dtype).removeprefix("torch."), "torch": torch.__version__,
+            "micro_batch_size": config.optim.micro_batch_size}
+
+
+def say_inexact(record: dict, exact: dict) -> None:
+    """Say in what this machine differs from the one of a run's last launch."""
+    for k, was in record["launches"][-1]["exact"].items() if record["launches"] else ():
+        if was != exact[k]:
+            say(f"{k} was {was}, is {exact[k]}: no longer bit-exact")
+
+
+def write_run(record: dict, out: Path, exact: dict, argv: list[str], step: int) -> None:
+    """Add this launch to run.json and find out, before the first step, that it can be written."""
+    say_inexact(record, exact)
+    record["launches"].append({
+        "from_step": step, "command": portable(argv), "git": git_state(), "exact": exact,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__}})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_run(record, out)
+    except OSError as error:
+        raise Stop(CHECKPOINT, f"cannot write to {out}: {error.strerror}; checkpoints need a "
+                   "folder there: free the name or give --run=NAME") from error
+
+
+def save_run(record: dict, out: Path) -> None:
+    write_atomic(out / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+# ---- lines ---------------------------------------------------------------------------------------
+
+def append(path: Path, lines: list[dict]) -> None:
+    """Add lines to a .jsonl in one write; a killed run keeps them."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def mend(path: Path) -> None:
+    """Forget a last line that a kill cut short."""
+    path.touch()
+    *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:
+        write_atomic(path, "".join(line + "\n" for line in whole))
+
+
+def truncate_metrics(path: Path, step: int, per_visit: int) -> None:
+    """Forget the lines after a step, and what is held out where a run was stopped inside a visit:
+    a run that nobody disturbed has no such line."""
+    mend(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        kept = [text for text in lines for line in [json.loads(text)] if line["step"] <= step
+                and (line["kind"] != "valid" or line["step"] % per_visit == 0)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Stop(CHECKPOINT, f"{path} holds a line that is none of ours: {error!r}; mend it or "
+                   "move it away") from error
+    if len(kept) < len(lines):
+        write_atomic(path, "".join(kept))
+
+
+def is_validated(out: Path, manifest: dict, step: int) -> bool:
+    """Whether the held-out lines of a step were logged; a kill may come between save and them."""
+    path = out / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    sources = [source["name"] for source in manifest["sources"] if source["valid_rows"]]
+    return text.count(f'"kind": "valid", "step": {step},') == len(sources)
+
+
+def recent_losses(path: Path, n: int) -> list[float]:
+    """The last n losses in metrics.jsonl, of steps that were taken."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = [json.loads(line)["loss"] for line in lines[-2 * n:] if '"kind": "train"' in line]
+    return [loss for loss in found if loss is not None][-n:]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where a run's lines go; of all ranks, only the first one's has a folder."""
+    out: Path | None
+    launch: int
+    send: Callable[[dict], None] | None  # wandb or tensorboard, too
+
+    def metrics(self, lines: list[dict]) -> None:
+        """Lines for metrics.jsonl."""
+        if self.out:
+            append(self.out / "metrics.jsonl", lines)
+        for line in lines if self.send else ():
+            self.send(line)
+
+    def incident(self, kind: str, facts: dict) -> None:
+        """A line for incidents.jsonl. A run that goes on from before it may write it again: its
+        launch, a place in run.json, tells the two apart."""
+        if self.out:
+            append(self.out / "incidents.jsonl", [{"kind": kind, "launch": self.launch} | facts])
+
+
+def open_journal(config: Config, record: dict, out: Path, place: Place) -> Journal:
+    """The journal of this launch."""
+    launch = len(record["launches"]) - 1
+    if place.rank:
+        return Journal(None, launch, None)
+    return Journal(out, launch, open_log(config, record))
+
+
+def open_log(config: Config, record: dict) -> Callable[[dict], None] | None:
+    """What sends a line of metrics where --log_to says.
+
+    To logs/, outside the run's folder, since both write the machine's name; nothing leaves the
+    machine until `wandb sync`.
+    """
+    kind, folder = config.train.log_to, Path("logs") / config.train.run
+    if kind == "none":
+        return None
+    try:
+        if kind == "wandb":
+            import wandb
+            folder.mkdir(parents=True, exist_ok=True)
+            one = wandb.init(project="nano360", name=config.train.run, dir=str(folder),
+                             mode="offline", config=record["config"])
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+            one = SummaryWriter(str(folder), purge_step=record["launches"][-1]["from_step"] + 1)
+    except ImportError as error:
+        raise Stop(ENVIRONMENT, f"--log_to={kind} needs a package that is not here: pip install "
+                   f"{kind}; metrics.jsonl has every number without it") from error
+
+    def send(line: dict) -> None:
+        prefix = f"valid/{line['source']}/" if line["kind"] == "valid" else "train/"
+        values = {prefix + k: v for k, v in line.items() if isinstance(v, float | int)
+                  and k not in ("step", "visit", "chunk")}
+        if kind == "wandb":
+            one.log(values, step=line["step"])
+        else:
+            for name, value in values.items():
+                one.add_scalar(name, value, line["step"])
+    return send
