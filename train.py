@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +98,15 @@ def make_plan(config: Config, manifest: dict, queue: list[list[int]] | None = No
     return Plan(queue, per_visit, per_visit * len(whole), min(end, config.optim.max_steps or end))
 
 
-def batches(config: Config, plan: Plan, manifest: dict, folder: Path, first: int
-            ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def batches(config: Config, plan: Plan, manifest: dict, folder: Path, first: int,
+            heard: Sequence[int] = ()) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(step, row numbers (B,), rows (B, seq_len + 1)) of every global batch from `first` on."""
     if first > plan.stop:
         return
     B = config.optim.batch_size
 
     def open_visit(visit: int) -> np.ndarray:
-        return open_rows(folder, manifest, chunk_name(plan.queue[visit][1]))
+        return open_rows(folder, manifest, chunk_name(plan.queue[visit][1]), heard)
 
     visits = range(plan.visit_of(first), plan.visit_of(plan.stop) + 1)
     with ThreadPoolExecutor(1) as ahead:  # the next chunk is opened, so hashed, while one trains
@@ -371,6 +371,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
     with contextlib.ExitStack() as stack:
         heard, saver = stack.enter_context(listening()), None
         if place.rank == 0:
+            stack.callback(journal.close)
             saver = stack.enter_context(Saver(out, config.model, tokenizer, state["parent"],
                                               config.train.keep_optimizer))
         if state["step"] and (state["step"] % plan.steps_per_visit == 0 or first > plan.stop) and (
@@ -378,7 +379,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             report(state["step"])
         began = saved = time.monotonic()
         clock.start()
-        for step, numbers, rows in batches(config, plan, manifest, folder, first):
+        for step, numbers, rows in batches(config, plan, manifest, folder, first, heard):
             clock.lap("data")
             visit, tokens = plan.visit_of(step), numbers.size * config.model.seq_len
             epoch, chunk = plan.queue[visit]
@@ -408,7 +409,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
                         f"rows {str(bad[:8])[1:-1]}; see {out / 'incidents.jsonl'}")
                 if action == "stop":
                     raise Stop(NUMERICAL, f"{what}; the step was not taken, the last checkpoint "
-                               f"stays; lr is {lr:g}, type {place.dtype}: try a smaller --lr, more "
+                               f"stays; lr is {lr:g}, dtype {place.dtype}: try a smaller --lr, more "
                                "--warmup_steps or --dtype=float32")
                 say(f"{what}; {action} the {'step' if action == 'skip' else 'chunk'}")
                 if action != "skip":
@@ -453,6 +454,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             name = f"ckpt_{visit:03d}" if whole else "last"
             if saver and due:  # its line is in metrics.jsonl by now
                 saver.save(name, copy, ledger(plan, manifest, place, optimizer, state, config))
+                del copy  # the writer has it, and lets it go
             elif saver:
                 saver.check()
             if told and step < plan.stop:
@@ -484,8 +486,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str])
     """Train from where the run's folder stands, and again from there if a chunk was deferred."""
     record, launched, state = read_run(config, manifest, out), False, {"step": 0}
     check(config, manifest, place.world)
-    facts, metrics = {"data_hash": manifest["data_hash"], "seed": config.data.seed}, (
-        out / "metrics.jsonl")
+    facts = {"data_hash": manifest["data_hash"], "seed": config.data.seed}
     try:
         while True:
             resume = newest(out, facts)
@@ -516,7 +517,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str])
                         append(out / "incidents.jsonl", [{
                             "kind": "restart", "launch": len(record["launches"]) - 1, "step": step,
                             "from": resume[0].name}])
-                truncate_metrics(metrics, step, plan.steps_per_visit)
+                truncate_metrics(out / "metrics.jsonl", step, plan.steps_per_visit)
             launched = True
             if place.world > 1:
                 dist.barrier()
@@ -524,6 +525,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str])
             if moved is None:
                 break
             record |= moved
+            del model, optimizer  # before the next ones are made: both may not fit
             if place.rank == 0:
                 save_run(record, out)
                 for name in ("last", "last.old"):  # of the visit that failed

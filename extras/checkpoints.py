@@ -147,6 +147,9 @@ def sweep(out: Path) -> None:
     """Remove what saves that were killed have left."""
     for path in [*out.glob("*.part"), *out.glob("*.gone"), *out.glob("ckpt_*/optimizer.gone")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in out.glob("*.old"):
+        if path.with_suffix("").is_dir():  # which is whole, since it has its name
+            discard(path)
 
 
 def check_space(out: Path, n_params: int, more: int) -> None:

@@ -176,7 +176,8 @@ class Journal:
     """Where a run's lines go; of all ranks, only the first one's has a folder."""
     out: Path | None
     launch: int
-    send: Callable[[dict], None] | None  # wandb or tensorboard, too
+    send: Callable[[dict], None] | None = None  # wandb or tensorboard, too
+    close: Callable[[], None] = lambda: None  # of these: what they hold back is written
 
     def metrics(self, lines: list[dict]) -> None:
         """Lines for metrics.jsonl."""
@@ -196,19 +197,19 @@ def open_journal(config: Config, record: dict, out: Path, place: Place) -> Journ
     """The journal of this launch."""
     launch = len(record["launches"]) - 1
     if place.rank:
-        return Journal(None, launch, None)
-    return Journal(out, launch, open_log(config, record))
+        return Journal(None, launch)
+    return Journal(out, launch, *open_log(config, record))
 
 
-def open_log(config: Config, record: dict) -> Callable[[dict], None] | None:
-    """What sends a line of metrics where --log_to says.
+def open_log(config: Config, record: dict) -> tuple[Callable, ...]:
+    """What sends a line of metrics where --log_to says, and what ends that; none of them: ().
 
     To logs/, outside the run's folder, since both write the machine's name; nothing leaves the
     machine until `wandb sync`.
     """
     kind, folder = config.train.log_to, Path("logs") / config.train.run
     if kind == "none":
-        return None
+        return ()
     try:
         if kind == "wandb":
             import wandb
@@ -231,4 +232,4 @@ def open_log(config: Config, record: dict) -> Callable[[dict], None] | None:
         else:
             for name, value in values.items():
                 one.add_scalar(name, value, line["step"])
-    return send
+    return send, one.finish if kind == "wandb" else one.close

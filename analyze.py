@@ -1,0 +1,200 @@
+"""Stage 5: checkpoints against the run and the data that made them.
+
+    python analyze.py replay out/demo --visit=3     # train visit 3 again: is it checkpoint 3?
+    python analyze.py replay out/demo               # every visit of the run, one after the other
+    torchrun --nproc_per_node=8 analyze.py replay out/amber_7b --visit=100   # as it was trained
+
+replay starts from checkpoint v - 1, or the nearest one before it that has its optimizer state, and
+trains the same rows in the same order, without the steps that the run skipped. Then it compares the
+sha256 of every tensor: weights, both moments, random states. Reads out/<run>/ and data/<dataset>/;
+works in out/<run>.replay/, which stays if a tensor differs; the exit code is 4 then.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from configs import (CHECKPOINT, DATA, NUMERICAL, USAGE, Config, Stop, from_json, key, load_options,
+                     locked, read_sealed, run, say)
+from extras.checkpoints import check_space, check_types
+from extras.hf_folders import verify, weight_files
+from extras.place import Place, choose_place, explain
+from extras.records import exact_facts, parent_of, say_inexact
+from prepare import read_manifest
+from train import check, make_plan, start, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    visit: int | None = key("the visit to train again; none: every one", None, low=0)
+
+
+# ---- replay --------------------------------------------------------------------------------------
+
+def read_record(folder: Path) -> tuple[Config, dict]:
+    """The config and the run.json of a run. Raises Stop."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise Stop(USAGE, f"{folder} is no run: {path} is missing; expected a folder such as "
+                   "out/demo")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return from_json(record["config"]), record
+    except (ValueError, KeyError, TypeError, AttributeError, Stop) as error:
+        raise Stop(CHECKPOINT, f"{path} is broken: {error}") from error
+
+
+def base_of(folder: Path, visit: int) -> tuple[Path, dict] | None:
+    """The nearest checkpoint before a visit that can be trained on; none: the initial weights."""
+    for v in range(visit - 1, -1, -1):
+        base = folder / f"ckpt_{v:03d}"
+        if not (base / "optimizer").is_dir():
+            say(f"{base} is not there or has no optimizer state: starting earlier")
+            continue
+        try:
+            state = read_sealed(base / "state.json", CHECKPOINT)
+            verify(base)
+            verify(base, "optimizer")
+            check_types(base, state)
+            return base, state
+        except Stop as stop:
+            say(f"{stop}; starting earlier")
+    return None
+
+
+def tensors_of(folder: Path) -> dict[str, tuple[Path, str]]:
+    """file:name -> (file, name) of all tensors of a checkpoint, weights first. Raises Stop."""
+    found = {}
+    for file in [*weight_files(folder), *sorted((folder / "optimizer").glob("*.safetensors"))]:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {f"{file.relative_to(folder)}:{name}": (file, name)
+                          for name in sorted(tensors.keys())}
+        except SafetensorError as error:
+            raise Stop(CHECKPOINT, f"{file} is no whole file of tensors: {error}") from error
+    return found
+
+
+def read(file: Path, name: str) -> tuple[torch.Tensor, str]:
+    """A tensor and the sha256 of its bytes."""
+    with safe_open(file, framework="pt") as tensors:
+        tensor = tensors.get_tensor(name)
+    return tensor, hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def compare(again: Path, before: Path) -> tuple[int, str]:
+    """How many tensors a checkpoint has, and "" if they are the same bits as in the one that was
+    made again; else the first that differs, and how far. A thinned one has its weights alone."""
+    ours, theirs, first, count = tensors_of(again), tensors_of(before), "", 0
+    if not (before / "optimizer").is_dir():
+        ours = {k: v for k, v in ours.items() if not k.startswith("optimizer/")}
+    for one in [*theirs, *(ours.keys() - theirs.keys())]:
+        if one not in ours or one not in theirs:
+            said = f"{one} is only in {before if one in theirs else again}"
+        else:
+            (now, now_hash), (was, was_hash) = read(*ours[one]), read(*theirs[one])
+            if now_hash == was_hash and now.shape == was.shape:
+                continue
+            said = f"{one} is {tuple(was.shape)}, trained again {tuple(now.shape)}"
+            if now.shape == was.shape:
+                off = (now.double() - was.double()).abs().max()
+                said = (f"{one} differs in {int((now != was).sum()):,} of {was.numel():,} values, "
+                        f"by at most {off:.3g}")
+        first, count = first or said, count + 1
+    return len(theirs), f"{first} ({count} differ in all)" if first else ""
+
+
+def replay(folder: Path, visit: int, config: Config, record: dict, manifest: dict, place: Place,
+           scratch: Path) -> list[str]:
+    """Train a visit again, and those before it that its base is short of; what differs of each."""
+    target = read_sealed(folder / f"ckpt_{visit:03d}" / "state.json", CHECKPOINT)
+    base = base_of(folder, visit)
+    plan = make_plan(config, manifest, target["queue"])
+    stop = (visit + 1) * plan.steps_per_visit
+    plan = dataclasses.replace(plan, stop=stop)
+    parent = None if base else parent_of(config)
+    if parent and parent != record["parent"]:
+        raise Stop(CHECKPOINT, f"{parent['checkpoint']} is not what {folder} began with: its "
+                   f"weights have sha256 {parent['sha256']}")
+    model, optimizer, state = start(config, place, plan, base, parent)
+    first = state["step"] // plan.steps_per_visit
+    check_space(scratch, sum(p.numel() for p in model.parameters()), visit - first + 1)
+    state |= {k: target[k] for k in ("queue", "deferred", "dropped", "skipped")}
+    say(f"visits {first} to {visit} again, chunks "
+        f"{', '.join(f'{c:03d} of epoch {e}' for e, c in plan.queue[first:visit + 1])}, steps "
+        f"{state['step'] + 1} to {stop}, from {base[0] if base else 'the initial weights'}")
+    if train(config, manifest, place, plan, scratch, record, model, optimizer, state,
+             validating=False):
+        raise Stop(NUMERICAL, f"visit {visit} failed when it was trained again: see "
+                   f"{scratch / 'incidents.jsonl'}")
+    found = []
+    for v in range(first, visit + 1) if place.rank == 0 else ():
+        name = f"ckpt_{v:03d}"
+        if not (folder / name).is_dir():
+            say(f"visit {v}: {folder / name} is not there, nothing to compare with")
+            continue
+        n, differs = compare(scratch / name, folder / name)
+        if differs:
+            found.append(f"visit {v} is not {folder / name}: {differs}")
+        else:
+            bare = "" if (folder / name / "optimizer").is_dir() else (
+                " of the weights; the optimizer's were not kept")
+            say(f"visit {v}: identical, {n} tensors{bare}")
+    return found
+
+
+def replay_command(argv: list[str]) -> None:
+    """analyze.py replay RUN [--visit=V]. Raises Stop(CHECKPOINT) if a tensor differs."""
+    word, options = load_options(argv, ReplayOptions, "a run such as out/demo")
+    folder = Path(word)
+    config, record = read_record(folder)
+    manifest = read_manifest(Path("data") / config.data.dataset)
+    if record["data_hash"] != manifest["data_hash"]:
+        raise Stop(DATA, f"data/{config.data.dataset} is not what {folder} was trained on: data "
+                   f"hash {manifest['data_hash']}, the run has {record['data_hash']}")
+    have = sorted(int(path.name.removeprefix("ckpt_")) for path in folder.glob("ckpt_*[0-9]"))
+    if not have or options.visit not in (None, *have):
+        raise Stop(USAGE, f"{folder} has no checkpoint {options.visit or 0}; it has "
+                   f"{', '.join(map(str, have)) or 'none'}")
+    config = dataclasses.replace(config, train=dataclasses.replace(
+        config.train, save_steps=None, save_minutes=None, log_to="none", on_nonfinite="stop"))
+    place, scratch, found = choose_place(config), Path(f"{folder}.replay"), []
+    check(config, manifest, place.world)
+    say_inexact(record, exact_facts(config, place))
+    with locked(scratch) if place.rank == 0 else contextlib.nullcontext():
+        for visit in have if options.visit is None else [options.visit]:
+            if place.rank == 0:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+            if place.world > 1:
+                dist.barrier()
+            try:
+                found += replay(folder, visit, config, record, manifest, place, scratch)
+            except RuntimeError as error:
+                raise explain(error, config, place, 0) or error from error
+            if found:
+                raise Stop(CHECKPOINT, f"{found[0]}; what training again gives is kept in "
+                           f"{scratch}")
+        if place.rank == 0:
+            shutil.rmtree(scratch)
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] != "replay":
+        raise Stop(USAGE, f"expected: replay RUN, got {' '.join(argv[:1]) or 'nothing'!r} (--help)")
+    replay_command(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, __doc__, [ReplayOptions]))
