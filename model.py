@@ -475,8 +475,11 @@ def hardware(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s by the maker's data sheet, for MFU; None for a device not known."""
-    known = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-    return next((flops for name, flops in known.items() if name in hardware(device)), None)
+    known = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+             "B200": 2250e12, "A100": 312e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
+             "RTX 4090": 165e12, "RTX 3090": 71e12}
+    name = hardware(device)
+    return next((flops for one, flops in known.items() if re.search(rf"\b{one}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -348,12 +348,10 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
     flops, peak = flops_per_token(config.model), peak_flops(place.device)
     sizes = tokenizer.piece_bytes()  # every target is one of its ids
     left_out = manifest["rows_per_chunk"] - plan.steps_per_visit * config.optim.batch_size
-    say(f"{n_params / 1e6:.2f}M parameters, {hardware(place.device)} x {place.world}, "
+    say(f"{n_params / 1e6:.2f}M parameters, {hardware(place.device)} x {place.world}"
+        f"{'' if peak else ' (its peak is not known: no mfu)'}, "
         f"{str(place.dtype).removeprefix('torch.')}; {plan.steps_per_visit} steps a chunk "
         f"({left_out} rows left out), {plan.steps_per_visit * len(plan.queue)} in all")
-    if peak is None and place.device.type == "cuda":
-        say("the peak of this device is not known here, so mfu is null")
-
     runner, journal = parallelize(model, place), open_journal(config, record, out, place)
 
     def report(step: int) -> None:  # the held-out rows of every source
@@ -408,9 +406,9 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
                 what = (f"step {step}: loss {loss_now}, gradient norm {norm_now}, chunk {chunk}, "
                         f"rows {str(bad[:8])[1:-1]}; see {out / 'incidents.jsonl'}")
                 if action == "stop":
-                    raise Stop(NUMERICAL, f"{what}; the step was not taken, the last checkpoint "
-                               f"stays; lr is {lr:g}, dtype {place.dtype}: try a smaller --lr, more "
-                               "--warmup_steps or --dtype=float32")
+                    raise Stop(NUMERICAL, f"{what}; lr is {lr:g}, dtype {place.dtype}; the last "
+                               "checkpoint stays: try a smaller --lr, more --warmup_steps or "
+                               "--dtype=float32")
                 say(f"{what}; {action} the {'step' if action == 'skip' else 'chunk'}")
                 if action != "skip":
                     return without(state, visit, action)

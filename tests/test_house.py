@@ -25,8 +25,8 @@ MAY = {
     "extras.records": {"configs", "extras.hf_folders", "extras.place", "model"},
     "train": {"configs", "prepare", "model", "extras.checkpoints", "extras.place",
               "extras.provenance", "extras.records", "extras.tokenizers"},
-    "analyze": {"configs", "prepare", "train", "extras.checkpoints", "extras.place",
-                "extras.records"},
+    "analyze": {"configs", "prepare", "train", "extras.checkpoints", "extras.hf_folders",
+                "extras.place", "extras.records"},
     "sample": {"configs", "extras.tokenizers", "model"},
     "evaluate": {"configs", "prepare", "model", "extras.tokenizers", "extras.hf_folders"},
 }

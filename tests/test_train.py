@@ -554,12 +554,12 @@ def loopback() -> bool:
         return False
 
 
-def torchrun(n: int, *argv: str) -> subprocess.CompletedProcess:
+def torchrun(n: int, *argv: str, script: str = "train.py") -> subprocess.CompletedProcess:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # free a moment ago
     # -- keeps torchrun from reading --run=NAME as an abbreviation of its own --run-path
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-               f"--master_port={port}", "--", str(REPO / "train.py"), *argv]
+               f"--master_port={port}", "--", str(REPO / script), *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 

@@ -1,0 +1,250 @@
+"""What a kill costs train.py: nothing but time.
+
+    python tests/soak_kill.py                 # 100 kills, less than ten minutes
+    python tests/soak_kill.py --kills=20
+
+Trains once undisturbed, a few seconds with many saves, and then kills the same command (SIGKILL):
+half of the times at moments drawn uniformly over the time that took, half of the times inside a
+save, at a random moment after its folder has appeared. What is killed is started again; what ended
+before its kill is compared and removed, and all begins anew. Two things have to hold:
+
+1) At every kill, every folder that has a checkpoint's name is whole, by the hashes in its
+   state.json, which are compared here and not by what wrote them; and none that was whole before
+   is gone, unless a newer state is there.
+2) Every run that is finished has, byte for byte, the undisturbed one's checkpoints (weights,
+   optimizer state, random state, state.json), the same metrics but for timings, and nothing else.
+
+Prints what each kill came into; leaves nothing behind.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from configs import CHECKPOINT, DATA, USAGE, Stop, run  # noqa: E402
+
+POLL = 0.002  # seconds between two looks at a run's folder
+RUN = """
+dataset = run = "soak"
+sources = [dict(name="text", path="text.txt")]
+vocab_size = 1024
+seq_len = 64
+n_chunks = 5
+rows_per_chunk = 80
+valid_rows = 16
+n_layer = 2
+n_head = 4
+n_embd = 128
+n_inner = 344
+lr = 1e-3
+warmup_steps = 10
+batch_size = 4
+save_steps = 3
+workers = 1
+log_every = 100
+"""
+
+
+# ---- from outside --------------------------------------------------------------------------------
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """name -> sha256 of every file below a folder."""
+    return {p.relative_to(folder).as_posix(): digest(p)
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The folders of a run that have a checkpoint's name: ckpt_*, and last or what it replaced."""
+    found = sorted(path for path in out.glob("ckpt_*") if re.fullmatch(r"ckpt_\d+", path.name))
+    return found + [path for path in (out / "last", out / "last.old") if path.is_dir()][:1]
+
+
+def faults(folder: Path) -> list[str]:
+    """What is not as a checkpoint's state.json and the seal beside it say; of a whole one nothing.
+
+    This is the format in the words of this file: no code of what is tested is asked.
+    """
+    state, seal = folder / "state.json", folder / "state.json.sha256"
+    if missing := [str(path) for path in (state, seal) if not path.is_file()]:
+        return missing
+    if seal.read_text() != f"{digest(state)}  state.json\n":
+        return [str(state)]
+    files = json.loads(state.read_text())["files"]
+    if not {"config.json", "model.safetensors", "optimizer/adamw.safetensors",
+            "optimizer/random.safetensors"} <= files.keys():
+        return [f"{state} names only {', '.join(files)}"]
+    return [str(folder / name) for name, should in files.items()
+            if not (folder / name).is_file() or digest(folder / name) != should]
+
+
+def steps_of(out: Path) -> dict[str, int]:
+    """The step of every checkpoint of a run. Raises Stop(CHECKPOINT) if one is not whole."""
+    if broken := [name for folder in checkpoints(out) for name in faults(folder)]:
+        raise Stop(CHECKPOINT, f"not whole: {', '.join(broken)}")
+    return {folder.name: json.loads((folder / "state.json").read_text())["step"]
+            for folder in checkpoints(out)}
+
+
+def compare_kept(before: dict[str, int], now: dict[str, int]) -> None:
+    """Raises Stop(CHECKPOINT) if a checkpoint is gone, or the newest state is older than before."""
+    lost = [name for name in before if name.startswith("ckpt") and name not in now]
+    if lost or max(before.values(), default=0) > max(now.values(), default=0):
+        raise Stop(CHECKPOINT, f"lost: there were {before}, now there are {now}")
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tok_per_s", "mfu", "memory")
+             and not k.startswith("time_")} for line in lines]
+
+
+def compare(out: Path, should: tuple[set[str], dict[str, str], list[dict]]) -> None:
+    """Raises Stop(CHECKPOINT) with what is not as in the undisturbed run."""
+    names, files, lines = result(out)
+    wrong = names ^ should[0] | {k for k in files.keys() | should[1].keys()
+                                 if files.get(k) != should[1].get(k)}
+    if lines != should[2]:
+        wrong.add("metrics.jsonl")
+    if wrong:
+        raise Stop(CHECKPOINT, f"not as the undisturbed run: {', '.join(sorted(wrong))}")
+
+
+def result(out: Path) -> tuple[set[str], dict[str, str], list[dict]]:
+    """What each run has to end with: its names, the files of its checkpoints, its metrics."""
+    files = {f"{folder.name}/{name}": sha for folder in checkpoints(out)
+             for name, sha in contents(folder).items()}
+    return {path.name for path in out.iterdir()}, files, metrics(out)
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+def start(folder: Path, stage: str) -> subprocess.Popen:
+    """A stage as a user starts it, in this folder."""
+    return subprocess.Popen([sys.executable, str(REPO / stage), "run.py"], cwd=folder, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(child: subprocess.Popen) -> None:
+    """Raises Stop(DATA) if it needs a hand."""
+    _, err = child.communicate()
+    if child.returncode:
+        raise Stop(DATA, f"{child.args[1]} ended with {child.returncode}: {err}")
+
+
+def saving(out: Path) -> bool:
+    """Whether a checkpoint is being written: its folder has its unfinished name."""
+    return any(path.is_dir() for path in out.glob("*.part"))
+
+
+def phase(out: Path) -> str:
+    """What a run that was killed was at, by what it left."""
+    if saving(out):
+        return "writing"
+    if list(out.glob("*.old")):
+        return "replacing"
+    if list(out.glob("*.gone")):
+        return "removing"
+    return "between saves" if (out / "metrics.jsonl").is_file() else "before the first step"
+
+
+def undisturbed(root: Path, out: Path) -> tuple[float, float, float]:
+    """Seconds of the whole run, of a save, and the share of the time that saves are under way."""
+    began, spans, since = time.perf_counter(), [], None
+    child = start(root, "train.py")
+    while child.poll() is None:
+        now = time.perf_counter()
+        if saving(out) and since is None:
+            since = now
+        elif since is not None and not saving(out):
+            spans, since = [*spans, now - since], None
+        time.sleep(POLL)
+    finish(child)
+    whole = time.perf_counter() - began
+    return whole, statistics.median(spans), sum(spans) / whole
+
+
+def kill(child: subprocess.Popen, out: Path, moment: float, inside: float | None) -> bool:
+    """Kill at a moment or, if `inside` is given, so long after the next save has begun. False: it
+    had ended by then."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(moment)
+    if inside is not None:
+        while child.poll() is None and saving(out):
+            time.sleep(POLL)
+        while child.poll() is None and not saving(out):
+            time.sleep(POLL)
+        time.sleep(inside)
+    if child.poll() is not None:
+        return False
+    child.kill()
+    child.communicate()
+    return True
+
+
+def soak(root: Path, kills: int, dice: random.Random) -> None:
+    out = root / "out" / "soak"
+    finish(start(root, "prepare.py"))
+    whole, save, share = undisturbed(root, out)
+    should = result(out)
+    size = sum(p.stat().st_size for p in (out / "ckpt_000").rglob("*"))
+    print(f"undisturbed: {whole:.1f} s, {len(should[1])} files in {len(checkpoints(out))} "
+          f"checkpoints of {size / 1e6:.1f} MB; a save takes {save:.3f} s, {share:.0%} of the time "
+          "is inside one", flush=True)
+    shutil.rmtree(out)
+    phases, ended, starts, kept = collections.Counter(), 0, 0, {}
+    while (n := sum(phases.values())) < kills or kept:
+        child, starts = start(root, "train.py"), starts + 1
+        inside = dice.uniform(0, save) if n % 2 else None
+        if n < kills and kill(child, out, dice.uniform(0, whole), inside):
+            now, came = steps_of(out), phase(out)
+            compare_kept(kept, now)
+            phases[came], kept = phases[came] + 1, now
+            print(f"kill {n + 1:>3}: {came}, the newest of {len(now)} whole checkpoints has step "
+                  f"{max(now.values(), default=0)}", flush=True)
+            continue
+        finish(child)
+        compare_kept(kept, steps_of(out))
+        compare(out, should)
+        shutil.rmtree(out)
+        ended, kept = ended + 1, {}
+    print(", ".join(f"{n} {name}" for name, n in phases.most_common()))
+    print(f"{kills} kills, {phases['writing']} inside a save, {starts} starts, {ended} runs "
+          f"finished; 0 checkpoints lost, 0 runs needed a hand, {len(should[1])} files "
+          "byte-identical in each run")
+
+
+def main(argv: list[str]) -> None:
+    words = [re.fullmatch("--kills=([1-9][0-9]*)", word) for word in argv]
+    if len(words) > 1 or not all(words):
+        raise Stop(USAGE, f"expected --kills=N or nothing, got {' '.join(argv)!r}")
+    with tempfile.TemporaryDirectory() as name:
+        root, library = Path(name), Path(sysconfig.get_paths()["stdlib"])
+        (root / "run.py").write_text(RUN)
+        (root / "text.txt").write_text("".join(
+            path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-d]*.py"))))
+        soak(root, int(words[0][1]) if words else 100, random.Random(1))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, __doc__, []))
