@@ -168,7 +168,6 @@ def read_model(folder: Path, config: Config, place: Place) -> Transformer:
     if differ := [f"{k} {theirs[k]}, here {ours[k]}" for k in ours if theirs[k] != ours[k]]:
         raise Stop(CHECKPOINT, f"{folder} holds another model than this run's ({'; '.join(differ)})"
                    ": choose another checkpoint, or give these keys its values")
-    model.config = config.model
     return model
 
 
@@ -176,8 +175,9 @@ def start(config: Config, place: Place, plan: Plan, resume: tuple[Path, dict] | 
           parent: dict | None) -> tuple[Transformer, torch.optim.Optimizer, dict]:
     """The model, the optimizer and the state of a checkpoint, or of step 0, perhaps with a parent.
 
-    The state is what a run is besides weights and moments: step and visit, updates (steps that were
-    taken, which AdamW counts), tokens, the steps that were skipped, and the queue.
+    The state is what a run is besides weights and moments: its step; updates, the steps that were
+    taken, which AdamW counts; tokens; the steps that were skipped; the queue; and the checkpoint
+    before the next one, its parent.
     """
     o, folder = config.optim, Path(config.train.init_from) if config.train.init_from else None
     state = {"step": 0, "updates": 0, "tokens": 0, "skipped": [], "parent": None,
@@ -215,6 +215,16 @@ def loss_of(model: torch.nn.Module, rows: np.ndarray, place: Place) -> torch.Ten
         return model(ids[:, :-1], ids[:, 1:])
 
 
+@contextlib.contextmanager
+def aside(model: Transformer, place: Place) -> Iterator[None]:
+    """For a look at the model that training must not notice: a fork's dropout is off, and whatever
+    is drawn leaves the random state as it was."""
+    model.eval()
+    with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
+        yield
+    model.train()
+
+
 @torch.no_grad()
 def validate(model: Transformer, place: Place, manifest: dict, folder: Path, sizes: np.ndarray,
              micro: int) -> Iterator[dict]:
@@ -222,13 +232,10 @@ def validate(model: Transformer, place: Place, manifest: dict, folder: Path, siz
     for source in (one for one in manifest["sources"] if one["valid_rows"]):
         rows = open_rows(folder, manifest, valid_name(source["name"]))[place.rank::place.world]
         nats, targets = 0.0, rows[:, 1:]
-        model.eval()
-        # A fork's dropout must be off here, and no draw may move the training's random state.
-        with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
+        with aside(model, place):
             for at in range(0, len(rows), micro):
                 loss = loss_of(model, rows[at:at + micro], place)
                 nats += loss.item() * targets[at:at + micro].size
-        model.train()
         sums = torch.tensor([nats, targets.size, sizes[targets].sum()], dtype=torch.float64)
         nats, tokens, n_bytes = total(sums, place).tolist()
         # Bits per byte is a sum over a sum, so that it does not depend on the tokenizer.
@@ -262,8 +269,9 @@ def suspects(model: Transformer, mine: np.ndarray, place: Place) -> np.ndarray:
 
     All of them where none is: then it is the gradient that overflows.
     """
-    alone = [loss_of(model, mine[i:i + 1], place).isfinite().logical_not()
-             for i in range(len(mine))]
+    with aside(model, place):
+        alone = [loss_of(model, mine[i:i + 1], place).isfinite().logical_not()
+                 for i in range(len(mine))]
     found = exchange(alone, place).astype(bool).ravel()
     return found if found.any() else np.full(len(found), True)
 

@@ -407,6 +407,8 @@ def check(config: Config) -> None:
         errors.append(f"min_lr = {o.min_lr} is above lr = {o.lr}")
     if o.decay_steps is not None and o.decay_steps < o.warmup_steps:
         errors.append(f"decay_steps = {o.decay_steps} ends before warmup_steps = {o.warmup_steps}")
+    if config.train.init_optimizer and config.train.init_from is None:
+        errors.append("init_optimizer = true, but init_from names no checkpoint")
     names = [source.name for source in d.sources]
     if len(set(names)) < len(names):
         errors.append(f"two sources have one name: {', '.join(names)}")

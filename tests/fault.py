@@ -40,7 +40,7 @@ class Faults:
     chunk: str = key("chunks at every step of which it is", "", pattern=LIST)
     begin: int = key("of these chunks only the steps from this one of the visit on", 1, low=1)
     inf_gradient: str = key("steps with a finite loss and a gradient that is not", "", pattern=LIST)
-    spike: str = key(f"steps whose loss and gradient are {FACTOR:g} times as high", "", pattern=LIST)
+    spike: str = key(f"steps with a loss and gradient {FACTOR:g} times as big", "", pattern=LIST)
     kill: str = key("steps before which the process is killed", "", pattern=LIST)
     kill_at: str = key("NAME:N: it is killed before the N-th call of this function of train.py", "",
                        pattern="([a-z_]+:[0-9]+)?")
