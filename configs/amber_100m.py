@@ -28,3 +28,6 @@ warmup_steps = 763  # 375M tokens, GPT-3's; 5 % of the steps
 decay_steps = None  # the end: 2 x 7,112 = 14,224 steps
 batch_size = 240  # rows of 2048 = 0.49M tokens; 7,112 a chunk with no row over, as 256 would leave
 micro_batch_size = 20  # its logits are 20 x 2048 x 32,000 x 4 bytes = 5.2 GB
+
+on_nonfinite = "skip"  # to put off a chunk would be to lose up to half of the run
+keep_optimizer = None

@@ -48,3 +48,7 @@ grad_clip = 1.0
 beta1 = 0.9
 beta2 = 0.95
 eps = 1e-8  # not set by the released code: torch's default
+
+# run: as is told of the original, where four chunks gave NaN, were put off, and failed at the end
+on_nonfinite = "defer"
+keep_optimizer = 10  # of 53.9 GB each; all 360 would be 19.4 TB, beside 9.7 TB of weights
