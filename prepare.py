@@ -32,7 +32,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -268,29 +268,29 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def awaited(folder: Path, manifest: dict, name: str, heard: Sequence[int]) -> dict | None:
+def awaited(folder: Path, manifest: dict, name: str, told: Callable[[], int]) -> dict | None:
     """What the manifest says of a file once it is there, while prepare.py is still at work."""
     began = time.monotonic()
     while (name not in (now := read_manifest(folder))["files"] or not (folder / name).is_file()
            ) and is_locked(folder):
-        if heard:
-            raise Stop(128 + heard[0], f"stopped by a signal, waiting for {folder / name}")
+        if number := told():
+            raise Stop(128 + number, f"stopped by a signal, waiting for {folder / name}")
         if time.monotonic() - began < PATIENCE:
             say(f"waiting for {folder / name}, which prepare.py is making")
         time.sleep(PATIENCE)
     return now["files"].get(name) if now["data_hash"] == manifest["data_hash"] else None
 
 
-def open_rows(folder: Path, manifest: dict, name: str, heard: Sequence[int] = ()) -> np.ndarray:
+def open_rows(folder: Path, manifest: dict, name: str, told: Callable[[], int] = int) -> np.ndarray:
     """The rows of a chunk, (rows, seq_len + 1), mapped from the file after it was checked.
 
     Checked are size, sha256, and that every id is one of the tokenizer's: a wrong id would
     otherwise end in the embedding, far from its cause. A chunk that is being made is waited for,
-    unless a signal was `heard`. Raises Stop(DATA).
+    until a signal is `told`. Raises Stop(DATA).
     """
     path, entry = folder / name, manifest["files"].get(name)
     if entry is None or not path.is_file():
-        entry = awaited(folder, manifest, name, heard)
+        entry = awaited(folder, manifest, name, told)
     if entry is None or not path.is_file():
         raise Stop(DATA, f"{path} is missing; make it: python prepare.py CONFIG "
                    f"--dataset={folder.name}")

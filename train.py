@@ -19,6 +19,7 @@ command goes on where the run stopped. Reads data/<dataset>/; writes out/<run>/:
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import math
 import os
@@ -40,12 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import (CHECKPOINT, DATA, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig, Stop, load,
                      locked, run, say, sha256_file)
-from extras.checkpoints import (FORMAT, MASTER, Saver, check_space, discard, load_optimizer, newest,
-                                snapshot, sweep)
+from extras.checkpoints import (FORMAT, MASTER, Saver, check_space, checkpoints_of, discard,
+                                load_optimizer, newest, snapshot, sweep)
 from extras.place import (Clock, Place, choose_place, exchange, explain, random_states,
                           set_random_states, total)
 from extras.provenance import documents_of
-from extras.records import (append, exact_facts, is_validated, mend, open_journal, parent_of,
+from extras.records import (Journal, exact_facts, is_validated, open_journal, parent_of,
                             read_run, recent_losses, save_run, truncate_metrics, write_run)
 from extras.tokenizers import load_tokenizer
 from model import (Transformer, flops_per_token, hardware, init_weights, param_groups, peak_flops,
@@ -103,24 +104,28 @@ def batches(config: Config, plan: Plan, manifest: dict, folder: Path, first: int
     """(step, row numbers (B,), rows (B, seq_len + 1)) of every global batch from `first` on."""
     if first > plan.stop:
         return
-    B = config.optim.batch_size
+    B, left = config.optim.batch_size, []
 
-    def open_visit(visit: int) -> np.ndarray:
-        return open_rows(folder, manifest, chunk_name(plan.queue[visit][1]), heard)
+    def open_visit(visit: int) -> np.ndarray:  # may wait for prepare.py, but not for ever
+        return open_rows(folder, manifest, chunk_name(plan.queue[visit][1]),
+                         lambda: max(heard, default=0) or len(left))
 
     visits = range(plan.visit_of(first), plan.visit_of(plan.stop) + 1)
     with ThreadPoolExecutor(1) as ahead:  # the next chunk is opened, so hashed, while one trains
-        opening = ahead.submit(open_visit, visits[0])
-        for visit in visits:
-            rows = opening.result()
-            if visit + 1 in visits:
-                opening = ahead.submit(open_visit, visit + 1)
-            epoch, chunk = plan.queue[visit]
-            order = permutation(len(rows), config.data.seed, epoch, chunk)
-            for b in range(plan.steps_per_visit):
-                step, batch = visit * plan.steps_per_visit + b + 1, order[b * B:(b + 1) * B]
-                if first <= step <= plan.stop:
-                    yield step, batch, rows[batch]
+        try:
+            opening = ahead.submit(open_visit, visits[0])
+            for visit in visits:
+                rows = opening.result()
+                if visit + 1 in visits:
+                    opening = ahead.submit(open_visit, visit + 1)
+                epoch, chunk = plan.queue[visit]
+                order = permutation(len(rows), config.data.seed, epoch, chunk)
+                for b in range(plan.steps_per_visit):
+                    step, batch = visit * plan.steps_per_visit + b + 1, order[b * B:(b + 1) * B]
+                    if first <= step <= plan.stop:
+                        yield step, batch, rows[batch]
+        finally:
+            left.append(1)
 
 
 # ---- before the first step -----------------------------------------------------------------------
@@ -176,8 +181,8 @@ def start(config: Config, place: Place, plan: Plan, resume: tuple[Path, dict] | 
     """The model, the optimizer and the state of a checkpoint, or of step 0, perhaps with a parent.
 
     The state is what a run is besides weights and moments: its step; updates, the steps that were
-    taken, which AdamW counts; tokens; the steps that were skipped; the queue; and the checkpoint
-    before the next one, its parent.
+    taken, which AdamW counts; tokens; the steps that were skipped; the queue; and the sha256 of the
+    state.json of the checkpoint before the next one, its parent (of init_from, of its weights).
     """
     o, folder = config.optim, Path(config.train.init_from) if config.train.init_from else None
     state = {"step": 0, "updates": 0, "tokens": 0, "skipped": [], "parent": None,
@@ -201,8 +206,8 @@ def start(config: Config, place: Place, plan: Plan, resume: tuple[Path, dict] | 
     elif parent:
         state["parent"] = parent["sha256"]
         if config.train.init_optimizer:
+            load_optimizer(optimizer, folder, parent["updates"])
             state["updates"] = parent["updates"]
-            load_optimizer(optimizer, folder, state["updates"])
     return model, optimizer, state
 
 
@@ -297,13 +302,29 @@ def without(state: dict, visit: int, action: str) -> dict:
     return dict(queue=[*queue, chunk], deferred=[*deferred, chunk], dropped=dropped)
 
 
-def spike(losses: deque, loss: float) -> float:
+def failed(journal: Journal, where: dict, action: str, lr: float, losses: np.ndarray,
+           norms: np.ndarray, rows: list[int], documents: list[dict] | None) -> None:
+    """Write down and say that a step is not taken. Raises Stop if the run ends with it."""
+    journal.incident("nonfinite", where | {
+        "action": action, "lr": lr, "loss": [str(x) for x in losses],
+        "grad_norm": [str(x) for x in norms], "rows": rows, "documents": documents})
+    what = (f"step {where['step']}: loss {losses.mean()}, gradient norm {norms.max()}, chunk "
+            f"{where['chunk']}, rows {str(rows[:8])[1:-1]}; see incidents.jsonl")
+    if action == "stop":
+        raise Stop(NUMERICAL, f"{what}; lr is {lr:g}; the last checkpoint stays: try a smaller "
+                   "--lr, more --warmup_steps or --dtype=float32")
+    say(f"{what}; " + {"skip": "the step is skipped",
+                       "defer": "the chunk is put off to the end of the queue",
+                       "drop": "the chunk is dropped: it has failed twice"}[action])
+
+
+def spike(recent: deque, loss: float) -> float:
     """How many robust deviations a loss lies above those before it; 0 while they are few."""
-    if len(losses) < WINDOW // 2:
+    if len(recent) < WINDOW // 2:
         return 0.0
-    middle = statistics.median(losses)
+    middle = statistics.median(recent)
     # 1.4826 medians of the distance are one standard deviation of normal values
-    deviation = 1.4826 * statistics.median(abs(one - middle) for one in losses)
+    deviation = 1.4826 * statistics.median(abs(one - middle) for one in recent)
     return (loss - middle) / max(deviation, 1e-3 * abs(middle), 1e-12)
 
 
@@ -342,7 +363,7 @@ def parallelize(model: Transformer, place: Place) -> torch.nn.Module:
 
 def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, record: dict,
           model: Transformer, optimizer: torch.optim.Optimizer, state: dict,
-          validating: bool = True) -> dict | None:
+          heard: Sequence[int] = (), validating: bool = True) -> dict | None:
     """Train from the step the state is at to the last one of the plan.
 
     Returns None, or the queue without a chunk that failed: the caller goes back to the checkpoint
@@ -360,7 +381,8 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
         f"{'' if peak else ' (its peak is not known: no mfu)'}, "
         f"{str(place.dtype).removeprefix('torch.')}; {plan.steps_per_visit} steps a chunk "
         f"({left_out} rows left out), {plan.steps_per_visit * len(plan.queue)} in all")
-    runner, journal = parallelize(model, place), open_journal(config, record, out, place)
+    runner = parallelize(model, place)
+    journal = open_journal(config, record, out, place, state["step"] + 1)
 
     def report(step: int) -> None:  # the held-out rows of every source
         if not validating:
@@ -373,16 +395,14 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
                 f"{line['bits_per_byte']:.4f} bits per byte")
 
     first, clock = state["step"] + 1, Clock(place.device)
-    losses = deque(recent_losses(out / "metrics.jsonl", WINDOW), WINDOW)
+    recent = deque(recent_losses(out / "metrics.jsonl", WINDOW), WINDOW)
     with contextlib.ExitStack() as stack:
-        heard, saver = stack.enter_context(listening()), None
-        if place.rank == 0:
-            stack.callback(journal.close)
-            saver = stack.enter_context(Saver(out, config.model, tokenizer, state["parent"],
-                                              config.train.keep_optimizer))
+        stack.callback(journal.close)
+        saver = stack.enter_context(Saver(out, config.model, tokenizer, state["parent"],
+                                          config.train.keep_optimizer)) if place.rank == 0 else None
         if state["step"] and (state["step"] % plan.steps_per_visit == 0 or first > plan.stop) and (
                 not is_validated(out, manifest, state["step"])):
-            report(state["step"])
+            report(state["step"])  # a kill came between the checkpoint and these lines
         began = saved = time.monotonic()
         clock.start()
         for step, numbers, rows in batches(config, plan, manifest, folder, first, heard):
@@ -396,58 +416,51 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             mine = rows[place.rank * n_rank:(place.rank + 1) * n_rank]
             loss = forward_backward(runner, mine, micro, place, clock)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-            late = (config.train.save_minutes is not None
-                    and time.monotonic() - saved > 60 * config.train.save_minutes)
+            late = time.monotonic() - saved > 60 * (config.train.save_minutes or math.inf) and not (
+                saver and saver.busy())
             # Once a step all ranks learn what each has: whether the step is taken, whether one was
             # told to stop, whether it is time to save (by the clock of rank 0) are one decision.
-            everyone = exchange((loss, norm, heard[0] if heard else 0, late), place)
-            loss_now, norm_now = float(everyone[:, 0].mean()), float(everyone[:, 1].max())
-            told = int(everyone[:, 2].max())
-            taken = np.isfinite(everyone[:, :2]).all() and step not in state["skipped"]
-            if not taken and step not in state["skipped"]:
+            losses, norms, signals, lates = exchange(
+                (loss, norm, max(heard, default=0), late), place).T
+            loss_now, norm_now, told = losses.mean(), norms.max(), int(signals.max())
+            taken = math.isfinite(loss_now) and math.isfinite(norm_now)
+            if step in state["skipped"]:  # analyze.py replay knows what the run left out
+                taken = False
+            elif not taken:
                 action = judge(config, state, step, visit)
                 bad = numbers[suspects(model, mine, place)].tolist()
-                journal.incident("nonfinite", where | {
-                    "action": action, "lr": lr, "loss": [str(x) for x in everyone[:, 0]],
-                    "grad_norm": [str(x) for x in everyone[:, 1]], "rows": bad,
-                    "documents": documents_of(folder, manifest, chunk_name(chunk), bad)})
-                what = (f"step {step}: loss {loss_now}, gradient norm {norm_now}, chunk {chunk}, "
-                        f"rows {str(bad[:8])[1:-1]}; see {out / 'incidents.jsonl'}")
-                if action == "stop":
-                    raise Stop(NUMERICAL, f"{what}; lr is {lr:g}, dtype {place.dtype}; the last "
-                               "checkpoint stays: try a smaller --lr, more --warmup_steps or "
-                               "--dtype=float32")
-                say(f"{what}; {action} the {'step' if action == 'skip' else 'chunk'}")
+                failed(journal, where, action, lr, losses, norms, bad,
+                       documents_of(folder, manifest, chunk_name(chunk), bad))
                 if action != "skip":
                     return without(state, visit, action)
                 state["skipped"].append(step)
             if taken:
                 optimizer.step()
                 state["updates"], state["tokens"] = state["updates"] + 1, state["tokens"] + tokens
-                if (z := spike(losses, loss_now)) > SPIKE:
-                    journal.incident("spike", where | {"loss": loss_now, "deviations": z,
+                if (z := spike(recent, loss_now)) > SPIKE:
+                    journal.incident("spike", where | {"loss": float(loss_now), "deviations": z,
                                                        "rows": numbers.tolist()})
                     say(f"step {step}: loss {loss_now:.4f} is a spike, {z:.1f} deviations high")
-                losses.append(loss_now)
+                recent.append(float(loss_now))
             optimizer.zero_grad(set_to_none=True)
             state["step"] = step
             clock.lap("optimizer")
 
             whole = step % plan.steps_per_visit == 0
-            due = (whole or step == plan.stop or told or everyone[0, 3]
+            due = (whole or step == plan.stop or told or lates[0]
                    or step % (config.train.save_steps or step + 1) == 0)
             if due:
                 random, saved = random_states(place), time.monotonic()
                 if saver:
-                    saver.wait()
+                    saver.wait()  # for the save before: there is one copy in memory at a time
                     copy = snapshot(model, optimizer, random)
             clock.lap("save")
             spent = clock.read()
             speed = tokens / (sum(spent.values()) - spent["save"])
             journal.metrics([{
                 "kind": "train", "step": step, "visit": visit, "chunk": chunk,
-                "tokens": state["tokens"], "loss": loss_now if taken else None, "lr": lr,
-                "grad_norm": norm_now if taken else None,
+                "tokens": state["tokens"], "loss": float(loss_now) if taken else None, "lr": lr,
+                "grad_norm": float(norm_now) if taken else None,
                 "rows": hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16],
                 "tok_per_s": speed, "mfu": peak and speed * flops / (peak * place.world),
                 "memory": peak_memory(place.device),
@@ -464,12 +477,24 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             elif saver:
                 saver.check()
             if told and step < plan.stop:
+                if saver:
+                    saver.wait()
+                if place.world > 1:  # where one rank has ended, torchrun ends the others
+                    dist.barrier()
                 raise Stop(128 + told, f"{signal.Signals(told).name} came: {out / name} holds step "
                            f"{step}, the same command goes on from there")
             if whole or step == plan.stop:
                 report(step)
             clock.start()
     return None
+
+
+def tidy(out: Path, step: int, plan: Plan, validated: bool) -> None:
+    """Remove from a run's folder what kills have left and what is no longer true."""
+    sweep(out)
+    if step == plan.stop and step % plan.steps_per_visit == 0:  # its successor is whole
+        discard(out / "last")
+    truncate_metrics(out / "metrics.jsonl", step, plan.steps_per_visit, validated)
 
 
 def ledger(plan: Plan, manifest: dict, place: Place, optimizer: torch.optim.Optimizer, state: dict,
@@ -488,21 +513,29 @@ def ledger(plan: Plan, manifest: dict, place: Place, optimizer: torch.optim.Opti
                          for group in optimizer.param_groups]}
 
 
-def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str]) -> None:
-    """Train from where the run's folder stands, and again from there if a chunk was deferred."""
+def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
+       heard: Sequence[int]) -> None:
+    """Train from where the run's folder stands, and again from there when a chunk was put off."""
     record, launched, state = read_run(config, manifest, out), False, {"step": 0}
     check(config, manifest, place.world)
     facts = {"data_hash": manifest["data_hash"], "seed": config.data.seed}
     try:
         while True:
             resume = newest(out, facts)
-            step, known = (resume[1]["step"], resume[1]) if resume else (0, {})
-            plan = make_plan(config, manifest, record.get("queue", known.get("queue")))
+            step, saved = (resume[1]["step"], resume[1]) if resume else (0, {})
+            if len(set(exchange([step], place).ravel())) > 1:
+                raise Stop(CHECKPOINT, f"rank {place.rank} finds step {step} in {out}, another "
+                           "rank another: out/ must be one folder for all ranks")
+            plan = make_plan(config, manifest, record.get("queue", saved.get("queue")))
             if not plan.queue:
                 raise Stop(NUMERICAL, f"{out}: every chunk was dropped; try a smaller --lr")
-            if resume and step >= plan.stop and is_validated(out, manifest, step):
+            validated = is_validated(out, manifest, step)
+            finished = bool(resume) and step >= plan.stop and validated
+            if finished:
                 say(f"{out} is finished: {resume[0]} holds step {step}, asked for were {plan.stop}")
-                return
+                if place.rank == 0:
+                    tidy(out, step, plan, True)
+                break
             if resume:
                 say(f"going on from {resume[0]}, step {step} of {plan.stop}")
             parent = None if resume else parent_of(config)
@@ -510,32 +543,28 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str])
                 raise Stop(CHECKPOINT, f"{parent['checkpoint']} is not what {out} began with: its "
                            f"weights have sha256 {parent['sha256']}; give --run=NAME")
             model, optimizer, state = start(config, place, plan, resume, parent)
-            state |= {k: record[k] for k in QUEUE if k in record}
+            state |= {k: record[k] for k in QUEUE if k in record}  # it is newer than a checkpoint
             record |= {k: state[k] for k in QUEUE} | ({"parent": parent} if parent else {})
             if place.rank == 0:  # only now: what is on disk changes after all was verified
                 if not launched:
-                    n = sum(p.numel() for p in model.parameters())
-                    check_space(out, n, len(plan.queue) - step // plan.steps_per_visit)
-                    write_run(record, out, exact_facts(config, place), argv, step)
-                    sweep(out)
-                    mend(out / "incidents.jsonl")
-                    if resume:
-                        append(out / "incidents.jsonl", [{
-                            "kind": "restart", "launch": len(record["launches"]) - 1, "step": step,
-                            "from": resume[0].name}])
-                truncate_metrics(out / "metrics.jsonl", step, plan.steps_per_visit)
+                    check_space(out, sum(p.numel() for p in model.parameters()),
+                                -(-(plan.stop - step) // plan.steps_per_visit))
+                    write_run(record, out, exact_facts(config, place), argv, step, resume)
+                tidy(out, step, plan, validated and step % plan.steps_per_visit == 0)
             launched = True
             if place.world > 1:
                 dist.barrier()
-            moved = train(config, manifest, place, plan, out, record, model, optimizer, state)
-            if moved is None:
+            new_queue = train(config, manifest, place, plan, out, record, model, optimizer, state,
+                              heard)
+            if new_queue is None:
                 break
-            record |= moved
-            del model, optimizer  # before the next ones are made: both may not fit
+            record |= new_queue
             if place.rank == 0:
+                for name in ("last", "last.old"):  # of the visit that failed; first, so that a
+                    discard(out / name)            # kill finds no rest of it under the new queue
                 save_run(record, out)
-                for name in ("last", "last.old"):  # of the visit that failed
-                    discard(out / name)
+            del model, optimizer
+            gc.collect()  # compiled blocks hold themselves; both models may not fit
             if place.world > 1:
                 dist.barrier()
     except RuntimeError as error:
@@ -544,15 +573,15 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str])
         raise
     inside = " and last/, inside a visit" if (out / "last").is_dir() else ""
     lost = "".join(f"; chunk {c} of epoch {e} was dropped" for e, c in record["dropped"])
-    say(f"finished: {out} has {len(list(out.glob('ckpt_*[0-9]')))} checkpoints{inside}{lost}")
+    say(f"finished: {out} has {len(checkpoints_of(out))} checkpoints{inside}{lost}")
 
 
 def main(argv: list[str]) -> None:
     config, _ = load(argv)
     manifest = read_manifest(Path("data") / config.data.dataset)
     out, place = Path("out") / config.train.run, choose_place(config)
-    with locked(out) if place.rank == 0 else contextlib.nullcontext():
-        go(config, manifest, place, out, argv)
+    with locked(out) if place.rank == 0 else contextlib.nullcontext(), listening() as heard:
+        go(config, manifest, place, out, argv, heard)
     if place.world > 1:
         dist.destroy_process_group()
 

@@ -1,12 +1,12 @@
-"""CrystalCoder in small, stage 1 of 3: English, on two CPU cores in a minute and a half.
+"""CrystalCoder in small, stage 1 of 3: English. `make crystal-mini` runs all three.
 
-The text is the standard library of the Python that runs, as in demo.py: what half of its files say
-in docstrings is the English here, the other half of the files the code. The stages after this one
-start from its lines and its tokenizer. It fixes the model for all three.
+The text is the standard library of the Python that runs, as in demo.py: half of the files give
+their docstrings, which is the English here, the others their code. The stages after this one start
+from its lines. It fixes the model and the tokenizer for all three.
 """
 
-# model: 2.57M parameters with every switch of CrystalCoder's; its width divided by 21, its depth by
-# 8, as in demo.py
+# model: 2,567,296 parameters. CrystalCoder's shape with all its switches, its width divided by 21
+# and its depth by 8, as in demo.py
 n_layer = 4
 n_head = 6  # heads of 32
 n_embd = 192
@@ -16,44 +16,49 @@ seq_len = 256
 norm = "layer"
 norm_eps = 1e-5
 bias = True
-rotary_dim = 8  # a quarter of a head, as 32 of 128 are
+rotary_dim = 8  # a quarter of a head, as 32 of 128
 rope_interleaved = True
 tie = True
 
-# muP: the base is a quarter of CrystalCoder's 256, the std twice as large and the factor half, so
-# that what leaves the embedding is as large: 0.146 x 7.3 = 0.073 x 14.6. m = 192 / 64 = 3.
+# muP: the rates and stds are those of width 64, so m = 192 / 64 = 3. CrystalCoder's width is 256,
+# its std 0.073 and its factor 14.6: with a quarter of the width the std is twice as large, and the
+# factor half, which leaves the product: 0.146 x 7.3 = 0.073 x 14.6.
 mup_base_width = 64
 mup_emb_mult = 7.3
 mup_alpha = 2.22  # logits x 2.22 / 3 = 0.74
 init_std = 0.146
 
-# data: a chunk is what lies between two checkpoints, 150 steps x 8 rows; 2 of them are 300 steps.
-# The original's English had code in it too: 5.0 % of it was GitHub.
+# data: a chunk is 150 steps x 8 rows = 1,200 rows; two of them are 300 steps, 0.6M tokens, 1.3
+# passes through the English. The original's, too, had some code in it: 5.0 % of it was GitHub.
 n_chunks = 2
 rows_per_chunk = 1200
 sources = [
     dict(name="prose", path="stdlib:prose", weight=0.95, licence="PSF-2.0"),
     dict(name="code", path="stdlib:code", weight=0.05, licence="PSF-2.0"),
 ]
-valid_share = 0.05
+valid_share = 0.05  # by file, and so the same files in all three stages
 valid_rows = 128
 
-# tokens: trained here, on all of the English and, by the weights, 5 % of SAMPLE of the code
+# tokens: a tokenizer is trained here for all three stages, on all of the English, 1.6 MB, and, by
+# the weights, 0.4 MB of code: that is enough for 2.86 bytes a token of code, where the demo's has
+# 2.99. The special tokens follow, spelt as in the released tokenizer; <|fim_pad|> is not used.
 tokenizer = "bpe"
 special_tokens = "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>"
 
-# rows: as the original's
+# rows: as the original's, <s> text </s>, each token a target once
 bos = True
 overlap = True
 
-# optimizer: CrystalCoder's, its rate as it was found at the base width
+# optimizer: CrystalCoder's, its rate too, which muP keeps. One line falls by (0.012 - 0.00012) /
+# (1200 - 12) = 0.00001 a step over stages 1 and 2. The original's had 294,423 steps, of which
+# stage 1 was 79,721, 27 %; here it is 300 of 1,200.
 lr = 0.012
-min_lr = 0.00012
+min_lr = 0.00012  # a hundredth of lr
 schedule = "linear"
-warmup_steps = 12
+warmup_steps = 12  # 1 % of the line
 decay_steps = 1200
-max_steps = 300
-batch_size = 8
+max_steps = 300  # stopped on the way down, at lr 0.012 - 288 x 0.00001 = 0.00912
+batch_size = 8  # rows of 256 = 2,048 tokens
 weight_decay = 0.1
 grad_clip = 1.0
 beta1 = 0.9

@@ -1,8 +1,8 @@
 """CrystalCoder-7B, stage 2 of 3: the other half of SlimPajama and two epochs of StarCoder, 927B.
 
-From pretrain/params/phase2/params.yaml. The original went on from the weights of stage 1; train.py
-cannot yet, and starts from random ones. After a new warm-up of 86 steps its peak is where the line
-of stage 1 would be about step 79,830 (stage 1 ended at 0.0087869), and it ends on that line too.
+From pretrain/params/phase2/params.yaml. It goes on from stage 1. After a new warm-up of 86 steps
+its peak is where the line of stage 1 would be about step 79,830 (stage 1 ended at 0.0087869), and
+it ends on that line too.
 """
 
 from configs.crystalcoder_7b_stage1 import *
@@ -37,6 +37,11 @@ sources = [one | dict(subset="odd", weight=_weights[one["name"]]) for one in _ha
 # or filled up with <|fim_pad|>, masked but counted in the mean of the loss. Marks such as
 # <filename> became ids of their own in what was rewritten, text in the rest; here they stay text.
 
+# Stage 1 stops inside its 54th chunk, so it ends in last/. That its optimizer's state was kept is
+# inferred, not said: is_pretrained_checkpoint is false in this file and true in stage 3's, where
+# true is for weights alone; and the learning rate goes on along the line of stage 1.
+init_from = "out/crystalcoder_7b_stage1/last"
+init_optimizer = True
 lr = 0.0087825
 min_lr = 0.00013679
 warmup_steps = 86

@@ -1,8 +1,8 @@
 """CrystalCoder-7B, stage 3 of 3: web languages and Python, a tenth of the rest: 120B tokens.
 
-From pretrain/params/phase3/params.yaml. The original started from the weights of stage 2 alone,
-with a new optimizer; train.py cannot yet. Card and paper say 110B tokens (100 + 10); steps x
-batch and the weights of the mix say 119.9B (96 + 20 + 4). The file that ran is followed.
+From pretrain/params/phase3/params.yaml. It starts from the weights of stage 2 alone, with a new
+optimizer. Card and paper say 110B tokens (100 + 10); steps x batch and the weights of the mix say
+119.9B (96 + 20 + 4). The file that ran is followed.
 """
 
 from configs.crystalcoder_7b_stage2 import *
@@ -40,6 +40,9 @@ sources = [
     _starcoder | dict(files="*0-of-*.parquet", weight=0.0334403752024888, epochs=1),
 ]
 
+# Stage 2 stops inside its 143rd chunk. is_pretrained_checkpoint: true, so weights alone.
+init_from = "out/crystalcoder_7b_stage2/last"
+init_optimizer = False
 lr = 0.002
 min_lr = 0.0002
 warmup_steps = 276  # 1 % of the steps; the card says 176, the file that ran is followed

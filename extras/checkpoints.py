@@ -15,6 +15,7 @@ It is written under another name, hashed, synced and renamed. Nothing is removed
 its place is whole: NAME.part is unfinished, NAME.old the one that NAME replaces, .gone is rubbish.
 """
 
+import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,13 @@ def check_types(folder: Path, state: dict) -> None:
                            f"training goes on from {MASTER} alone: a cast is for export")
 
 
+def checkpoints_of(out: Path) -> dict[int, Path]:
+    """visit -> folder, in order, of the checkpoints of a run, whole or not."""
+    found = {int(path.name[5:]): path for path in out.glob("ckpt_*")
+             if path.name[5:].isdecimal() and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
 def newest(out: Path, facts: dict) -> tuple[Path, dict] | None:
     """The checkpoint of a run with the most steps that is intact, optimizer and all; its state.
 
@@ -56,12 +64,13 @@ def newest(out: Path, facts: dict) -> tuple[Path, dict] | None:
     and the one before is taken. Raises Stop(CHECKPOINT) if only damaged ones are left.
     """
     last = out / "last" if (out / "last").is_dir() else out / "last.old"
-    found, damaged, bare = [], [], []
-    for folder in (path for path in [*sorted(out.glob("ckpt_*[0-9]")), last] if path.is_dir()):
+    places = checkpoints_of(out) | ({math.inf: last} if last.is_dir() else {})
+    found, damaged, bare = [], {}, []
+    for visit, folder in places.items():
         try:
             state = read_sealed(folder / "state.json", CHECKPOINT)
-        except Stop as stop:
-            damaged.append(str(stop))
+        except (Stop, OSError) as error:
+            damaged[visit] = str(error)
             continue
         if state.get("format") != FORMAT:
             raise Stop(CHECKPOINT, f"{folder} has format {state.get('format')}, this code reads "
@@ -69,38 +78,40 @@ def newest(out: Path, facts: dict) -> tuple[Path, dict] | None:
         if wrong := [k for k in facts if state.get(k) != facts[k]]:
             raise Stop(CHECKPOINT, f"{folder} is none of this run: its {', '.join(wrong)} differs; "
                        f"move it out of {out} or give --run=NAME")
-        if folder != last and folder.name != f"ckpt_{state['visit']:03d}":
-            damaged.append(f"{folder} holds checkpoint {state['visit']}, not what its name says")
+        if visit not in (state["visit"], math.inf):
+            damaged[visit] = f"{folder} holds checkpoint {state['visit']}, not what its name says"
         elif not (folder / "optimizer").is_dir():
             bare.append((folder, state))
         else:
-            found.append((folder, state))
-    for folder, state in sorted(found, key=lambda one: one[1]["step"], reverse=True):
+            found.append((visit, folder, state))
+    for visit, folder, state in sorted(found, key=lambda one: one[2]["step"], reverse=True):
         try:
             verify(folder)
             verify(folder, "optimizer")
             check_types(folder, state)
-        except Stop as stop:
-            damaged.append(str(stop))
+        except (Stop, OSError) as error:
+            damaged[visit] = str(error)
             continue
-        late = [one for one, its in bare if its["step"] > state["step"]]
-        for why in damaged + [f"{one} has no optimizer state" for one in late]:
+        late = [f"{one} has no optimizer state" for one, its in bare if its["step"] > state["step"]]
+        for why in [*damaged.values(), *late]:
             say(why)
-        if damaged or late:
+        if late or any(one > visit for one in damaged):
             say(f"the newest checkpoint that is whole is {folder}, step {state['step']}; "
                 "nothing was removed")
         return folder, state
     if damaged or bare:
         one = bare[-1][0] if bare else out
-        why = "; ".join(damaged) or (f"{one} has no optimizer state: its weights can begin another "
-                                     f"run, --run=NAME --init_from={one}")
+        why = "; ".join(damaged.values()) or (
+            f"{one} has no optimizer state: its weights can begin another run, --run=NAME "
+            f"--init_from={one}")
         raise Stop(CHECKPOINT, f"{out} has no whole checkpoint to go on from: {why}")
     return None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, updates: int) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, updates: int | None
+                   ) -> None:
     """Put the moments back; every parameter has taken the same number of updates."""
-    if not (folder / "optimizer").is_dir():
+    if not (folder / "optimizer").is_dir() or updates is None:  # or no state.json that counts them
         raise Stop(CHECKPOINT, f"{folder} has no optimizer state: give --init_optimizer=false")
     verify(folder, "optimizer")
     tensors = load_file(folder / "optimizer" / "adamw.safetensors")
@@ -119,10 +130,7 @@ def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer, random: T
     """A copy of all that changes, in host memory: what the loop waits for in a save."""
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for group in optimizer.param_groups
                for name, p in zip(group["names"], group["params"], strict=True)
-               for kind in MOMENTS if p in optimizer.state}
-    moments |= {f"{kind}.{name}": torch.zeros_like(p)  # every step so far was skipped
-                for name, p in model.named_parameters() for kind in MOMENTS
-                if f"{kind}.{name}" not in moments}
+               for kind in MOMENTS}
     return {part: {name: tensor.detach().to("cpu", copy=True).contiguous()
                    for name, tensor in tensors.items()}
             for part, tensors in (("weights", dict(model.named_parameters())),
@@ -161,8 +169,8 @@ def check_space(out: Path, n_params: int, more: int) -> None:
         raise Stop(CHECKPOINT, f"{out}: {free / 1e9:,.3f} GB are free, a checkpoint takes "
                    f"{size / 1e9:,.3f} GB and two must fit: make room and type the same command")
     if free < more * size:
-        say(f"{out}: {more} checkpoints will take {more * size / 1e9:,.1f} GB, "
-            f"{free / 1e9:,.1f} GB are free; --keep_optimizer=2 keeps a third of it")
+        say(f"{out}: {more} checkpoints take {more * size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are "
+            "free; without the optimizer state of old ones (--keep_optimizer) it is a third")
 
 
 def write(out: Path, name: str, copy: dict[str, Tensors], state: dict, model: ModelConfig,
@@ -189,8 +197,8 @@ def write(out: Path, name: str, copy: dict[str, Tensors], state: dict, model: Mo
         for path in (*files, part / "optimizer"):
             sync(path)
         write_sealed(part / "state.json", state | {"files": hashes})
-        if (out / "metrics.jsonl").is_file():
-            sync(out / "metrics.jsonl")  # no checkpoint is ahead of its metrics
+        for lines in filter(Path.is_file, (out / "metrics.jsonl", out / "incidents.jsonl")):
+            sync(lines)  # no checkpoint is ahead of its metrics
         if folder.is_dir():  # last/, or a damaged one that was trained again
             shutil.rmtree(out / f"{name}.old", ignore_errors=True)
             folder.rename(out / f"{name}.old")
@@ -216,7 +224,7 @@ class Saver:
         self.pending: Future | None = None
 
     def save(self, name: str, copy: dict[str, Tensors], state: dict) -> None:
-        self.wait()
+        """Begin to write; after the save before, if that is not waited for."""
         self.pending = self.pool.submit(self.work, name, copy, state)
 
     def work(self, name: str, copy: dict[str, Tensors], state: dict) -> None:
@@ -225,9 +233,9 @@ class Saver:
             self.parent = sha256_file(self.out / name / "state.json")
             discard(self.out / "last")
             discard(self.out / "last.old")
-            full = sorted((path.parent for path in self.out.glob("ckpt_*[0-9]/optimizer")),
-                          key=lambda path: int(path.name.removeprefix("ckpt_")))
-            for folder in full[:-self.keep] if self.keep else []:
+            full = [folder for visit, folder in checkpoints_of(self.out).items()
+                    if visit <= state["visit"] and (folder / "optimizer").is_dir()]
+            for folder in full[:-self.keep] if self.keep else []:  # later ones may be damaged
                 discard(folder / "optimizer")
         say(f"  saved {self.out / name}")
 
@@ -236,10 +244,13 @@ class Saver:
         if self.pending:
             self.pending.result()
 
+    def busy(self) -> bool:
+        return self.pending is not None and not self.pending.done()
+
     def check(self) -> None:
         """Raise what a save raised that has ended."""
-        if self.pending and self.pending.done():
-            self.pending.result()
+        if not self.busy():
+            self.wait()
 
     def __enter__(self) -> "Saver":
         return self
@@ -248,6 +259,6 @@ class Saver:
         failed = self.pending and self.pending.exception()  # waits for it
         self.pool.shutdown()
         if failed and failed is not error:
-            if error:
+            if error and getattr(error, "code", 0) < 128:  # a signal's says that all was saved
                 say(str(error))
             raise failed

@@ -8,6 +8,7 @@ Reads the variables that torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADD
 
 import datetime
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from configs import ENVIRONMENT, Config, Stop
 from model import Transformer, choose_device
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = datetime.timedelta(minutes=10)  # for a rank that others wait for
+PATIENCE = datetime.timedelta(minutes=30)  # for a rank that others wait for, as while it saves
 LAUNCH = "torchrun --nproc_per_node=2 train.py configs/demo.py"
 
 
@@ -136,8 +137,8 @@ def set_random_states(states: dict[str, torch.Tensor], place: Place) -> None:
 class Clock:
     """Where the time of a step goes.
 
-    On CUDA the laps are marks in the device's own queue, and read when the step has waited for it
-    anyway: a lap of the CPU's clock would time how fast work is handed over.
+    On CUDA the laps are marks in the device's own queue: a lap of the CPU's clock would time how
+    fast work is handed over.
     """
     device: torch.device
     marks: list = field(default_factory=list)
@@ -187,7 +188,8 @@ def explain(error: RuntimeError, config: Config, place: Place, step: int) -> Sto
         return Stop(ENVIRONMENT, f"torch.compile failed ({text.splitlines()[0]}); it needs a C++ "
                     "compiler: install one or give --compile=false")
     if place.world > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". ")[0]
         return Stop(ENVIRONMENT, f"rank {place.rank} lost the others after step {step} "
-                    f"({text.splitlines()[0]}): one of them ended, its own last line says why; the "
+                    f"({reason}): one of them ended, its own last line says why; the "
                     "same command goes on from the last checkpoint")
     return None

@@ -107,7 +107,8 @@ def say_inexact(record: dict, exact: dict) -> None:
             say(f"{k} was {was}, is {exact[k]}: no longer bit-exact")
 
 
-def write_run(record: dict, out: Path, exact: dict, argv: list[str], step: int) -> None:
+def write_run(record: dict, out: Path, exact: dict, argv: list[str], step: int,
+              resume: tuple[Path, dict] | None) -> None:
     """Add this launch to run.json and find out, before the first step, that it can be written."""
     say_inexact(record, exact)
     record["launches"].append({
@@ -116,6 +117,11 @@ def write_run(record: dict, out: Path, exact: dict, argv: list[str], step: int) 
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_run(record, out)
+        mend(out / "incidents.jsonl")
+        if resume:
+            append(out / "incidents.jsonl", [{
+                "kind": "restart", "launch": len(record["launches"]) - 1, "step": step,
+                "from": resume[0].name}])
     except OSError as error:
         raise Stop(CHECKPOINT, f"cannot write to {out}: {error.strerror}; checkpoints need a "
                    "folder there: free the name or give --run=NAME") from error
@@ -128,9 +134,13 @@ def save_run(record: dict, out: Path) -> None:
 # ---- lines ---------------------------------------------------------------------------------------
 
 def append(path: Path, lines: list[dict]) -> None:
-    """Add lines to a .jsonl in one write; a killed run keeps them."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    """Add lines to a .jsonl in one write; a killed run keeps them. Raises Stop(CHECKPOINT)."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise Stop(CHECKPOINT, f"{path} could not be written: {error.strerror}; mend it and type "
+                   "the same command, it goes on from the last checkpoint") from error
 
 
 def mend(path: Path) -> None:
@@ -141,14 +151,16 @@ def mend(path: Path) -> None:
         write_atomic(path, "".join(line + "\n" for line in whole))
 
 
-def truncate_metrics(path: Path, step: int, per_visit: int) -> None:
-    """Forget the lines after a step, and what is held out where a run was stopped inside a visit:
-    a run that nobody disturbed has no such line."""
+def truncate_metrics(path: Path, step: int, per_visit: int, validated: bool) -> None:
+    """Forget the lines after a step. Of held-out lines, those of the step itself stay if they are
+    all there, and of earlier ones those at the end of a visit: where a run was stopped inside one,
+    a run that nobody disturbed has none."""
     mend(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
         kept = [text for text in lines for line in [json.loads(text)] if line["step"] <= step
-                and (line["kind"] != "valid" or line["step"] % per_visit == 0)]
+                and (line["kind"] != "valid" or (
+                    validated if line["step"] == step else line["step"] % per_visit == 0))]
     except (ValueError, KeyError, TypeError) as error:
         raise Stop(CHECKPOINT, f"{path} holds a line that is none of ours: {error!r}; mend it or "
                    "move it away") from error
@@ -193,15 +205,15 @@ class Journal:
             append(self.out / "incidents.jsonl", [{"kind": kind, "launch": self.launch} | facts])
 
 
-def open_journal(config: Config, record: dict, out: Path, place: Place) -> Journal:
-    """The journal of this launch."""
+def open_journal(config: Config, record: dict, out: Path, place: Place, first: int) -> Journal:
+    """The journal of this launch, from its first step on."""
     launch = len(record["launches"]) - 1
     if place.rank:
         return Journal(None, launch)
-    return Journal(out, launch, *open_log(config, record))
+    return Journal(out, launch, *open_log(config, record, first))
 
 
-def open_log(config: Config, record: dict) -> tuple[Callable, ...]:
+def open_log(config: Config, record: dict, first: int) -> tuple[Callable, ...]:
     """What sends a line of metrics where --log_to says, and what ends that; none of them: ().
 
     To logs/, outside the run's folder, since both write the machine's name; nothing leaves the
@@ -218,7 +230,7 @@ def open_log(config: Config, record: dict) -> tuple[Callable, ...]:
                              mode="offline", config=record["config"])
         else:
             from torch.utils.tensorboard import SummaryWriter
-            one = SummaryWriter(str(folder), purge_step=record["launches"][-1]["from_step"] + 1)
+            one = SummaryWriter(str(folder), purge_step=first)
     except ImportError as error:
         raise Stop(ENVIRONMENT, f"--log_to={kind} needs a package that is not here: pip install "
                    f"{kind}; metrics.jsonl has every number without it") from error

@@ -1,24 +1,29 @@
-"""How fast: generation against transformers', tokenizing, and the drawing of a 7B's weights.
+"""How fast, and how large: generation against transformers', tokenizing, the drawing of a 7B's
+weights, and what train.py's saves and 10,000 steps cost.
 
     python tests/bench.py sample          # generation against transformers' generate
     python tests/bench.py tokenize        # text to rows, against the way of amber-data-prep
     python tests/bench.py long            # one huge document, against sentencepiece alone
     python tests/bench.py init            # seconds of one core to draw the weights of a 7B
+    python tests/bench.py saving          # the demo's first chunk with and without its save
+    python tests/bench.py memory          # train.py from step 1,000 to 10,000, saved each 100
 
-All but the last run all programs in one process, on the same input, in turn, so that a busy machine
-slows all, and compare medians; --pairs=N takes N of each. The first two need transformers. Leaves
-nothing behind.
+All but init and memory run all programs in one process, on the same input, in turn, so that a busy
+machine slows all, and compare medians; --pairs=N takes N of each. The first two need transformers.
+Leaves nothing behind.
 """
 
+import contextlib
 import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +33,10 @@ sys.path.insert(0, str(REPO))
 
 import torch  # noqa: E402
 
-from configs import USAGE, ModelConfig, Stop, load, run  # noqa: E402
+import prepare  # noqa: E402
+import train  # noqa: E402
+from configs import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
+from extras.checkpoints import Saver  # noqa: E402
 from extras.sources import open_corpus  # noqa: E402
 from extras.tokenizer_json import tokenizer_files  # noqa: E402
 from extras.tokenizers import Tokenizer, load_tokenizer, train_tokenizer  # noqa: E402
@@ -223,8 +231,105 @@ def init(pairs: int) -> None:
         print(f"{name}: {total:,} parameters in {took:.1f} s of one core")
 
 
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder to run stages in, which goes with all that they made."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)
+        try:
+            yield Path(name)
+        finally:
+            os.chdir(before)
+
+
+@contextlib.contextmanager
+def without_saves() -> Iterator[None]:
+    """train.py as it would be if it wrote no checkpoints: no copy is made either."""
+    kept = Saver.save, train.snapshot
+    Saver.save, train.snapshot = (lambda *_: None), (lambda *_: {})
+    try:
+        yield
+    finally:
+        Saver.save, train.snapshot = kept
+
+
+def saving(pairs: int) -> None:
+    """Wall time says little where other work shares the cores: the time of the CPU is told, too."""
+    argv = [str(REPO / "configs/demo.py"), "--max_steps=128", "--log_every=1000"]
+    with workplace() as folder, open(os.devnull, "w") as quiet:
+        with contextlib.redirect_stdout(quiet):
+            prepare.main(argv[:1])
+            train.main([*argv, "--max_steps=8", "--run=warm"])
+        took, waits = {"with": [], "without": []}, []
+        for i in range(pairs):
+            for way, times in took.items():
+                skip = without_saves() if way == "without" else contextlib.nullcontext()
+                began, words = time.process_time(), [*argv, f"--run={way}_{i}"]
+                with skip, contextlib.redirect_stdout(quiet):
+                    wall = seconds(lambda words=words: train.main(words))
+                times.append((wall, time.process_time() - began))
+            lines = (folder / f"out/with_{i}/metrics.jsonl").read_text().splitlines()
+            waits.append(sum(json.loads(line).get("time_save", 0) for line in lines))
+        size = sum(p.stat().st_size for p in (folder / "out/with_0/ckpt_000").rglob("*"))
+    (a, a_cpu), (b, b_cpu) = ([statistics.median(one) for one in zip(*times, strict=True)]
+                              for times in took.values())
+    print(f"a chunk of the demo, 128 steps, and its checkpoint of {size / 1e6:.1f} MB, "
+          f"{torch.get_num_threads()} threads, median of {pairs} alternating pairs")
+    print(f"with the save {a:.2f} s ({a_cpu:.2f} s of CPU), without {b:.2f} s ({b_cpu:.2f} s): "
+          f"{a / b - 1:+.1%} ({a_cpu / b_cpu - 1:+.1%}), at most 5% wanted; the loop itself waits "
+          f"{statistics.median(waits):.3f} s, {statistics.median(waits) / a:.2%} of its time")
+
+
+LONG = """
+sources = [dict(name="text", path="text.txt")]
+vocab_size = 1024
+seq_len = 32
+n_chunks = 2
+rows_per_chunk = 2000
+n_layer = 1
+n_head = 4
+n_embd = 32
+n_inner = 64
+lr = 1e-3
+batch_size = 4
+epochs = 11
+save_steps = 100
+log_every = 1000
+workers = 1
+"""
+
+
+def memory(pairs: int) -> None:
+    """From outside, by what /proc says of the process once step 1,000 is logged, and at 10,000."""
+    with workplace() as folder:
+        (folder / "long.py").write_text(LONG)
+        (folder / "text.txt").write_text("".join(library(2_000_000)))
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            prepare.main(["long.py"])
+        child = subprocess.Popen([sys.executable, str(REPO / "train.py"), "long.py",
+                                  "--max_steps=10100"], stdout=subprocess.DEVNULL)
+        log, there, found = folder / "out/long/metrics.jsonl", Path(f"/proc/{child.pid}"), {}
+        while child.poll() is None:
+            time.sleep(0.05)
+            step = log.read_bytes().count(b'"kind": "train"') if log.is_file() else 0
+            if step >= 1000:
+                status = (there / "status").read_text()
+                if size := re.search(r"VmRSS:\s+(\d+) kB", status):  # else it is just ending
+                    found[step] = int(size[1]) * 1024 / 1e6, len(list((there / "fd").iterdir()))
+        first, last = min(found), max(step for step in found if step <= 10_050)
+        if child.returncode or last < 10_000:
+            raise Stop(NUMERICAL, f"train.py ended with {child.returncode} after step {last}")
+    (a, files), (b, more) = found[first], found[last]
+    top = max(size for size, _ in found.values())
+    print(f"train.py, {last // 100} saves of last/ and checkpoints: step {first:,} {a:.1f} MB, "
+          f"step {last:,} {b:.1f} MB, {b - a:+.1f} MB (at most 50 wanted), at most {top:.1f} MB in "
+          f"between; {files} open files, then {more}")
+
+
 def main(argv: list[str]) -> None:
-    works = {"sample": sample, "tokenize": tokenize, "long": long, "init": init}
+    works = {"sample": sample, "tokenize": tokenize, "long": long, "init": init, "saving": saving,
+             "memory": memory}
     pairs = re.fullmatch("--pairs=([1-9][0-9]*)", argv[1] if len(argv) == 2 else "--pairs=5")
     if len(argv) not in (1, 2) or argv[0] not in works or not pairs:
         raise Stop(USAGE, f"expected one of {', '.join(works)} and, if you like, --pairs=N")

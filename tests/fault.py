@@ -49,7 +49,7 @@ class Faults:
     hashes: str = key("file for the sha256 of the weights at the end; the rank is added", "")
 
     def at(self, step: int, plan: train.Plan) -> set[tuple]:
-        """What is wrong with a step: (what happens, to what)."""
+        """What happens at a step: (the fault, and what has it)."""
         if self.rank not in (None, my_rank()):
             return set()
         epoch, chunk = plan.queue[plan.visit_of(step)]
@@ -68,8 +68,7 @@ def my_rank() -> int:
 def planted(faults: Faults) -> Iterator[None]:
     """Put wrappers around functions of train.py; a validation sees none of the faults."""
     name, _, number = faults.kill_at.partition(":")
-    before = {k: getattr(train, k) for k in {"batches", "loss_of", "start", name} - {""}}
-    now, gone, calls, models = set(), set(), [], []
+    before, now, gone, calls, models = {}, set(), set(), [], []
 
     def batches(*args):
         for step, numbers, rows in before["batches"](*args):
@@ -82,10 +81,14 @@ def planted(faults: Faults) -> Iterator[None]:
 
     def loss_of(model, rows, place):
         loss = before["loss_of"](model, rows, place)
-        kinds = {what for what, *_ in now} if model.training else set()
+        kinds = {what for what, *_ in now}
         if "inf_gradient" in kinds and loss.requires_grad:
             loss.register_hook(lambda gradient: gradient * math.inf)
         return loss * (math.nan if "nan" in kinds else FACTOR if "spike" in kinds else 1.0)
+
+    def validate(*args):
+        now.clear()  # the step is over
+        return before["validate"](*args)
 
     def start(*args):
         models[:] = [(found := before["start"](*args))[0]]
@@ -96,19 +99,19 @@ def planted(faults: Faults) -> Iterator[None]:
         if len(calls) == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
         return before[name](*args, **named)
-    wrappers = {"batches": batches, "loss_of": loss_of, "start": start}
+    wrappers = {"batches": batches, "loss_of": loss_of, "validate": validate, "start": start}
     try:
-        for k in before:
-            setattr(train, k, called if k == name else wrappers[k])
+        for k, wrapper in (wrappers | ({name: called} if name else {})).items():
+            before[k] = getattr(train, k)
+            setattr(train, k, wrapper)
         yield
     finally:
         for k, function in before.items():
             setattr(train, k, function)
         if faults.hashes and models:
-            digest = hashlib.sha256()
-            for tensor in models[0].state_dict().values():
-                digest.update(tensor.cpu().numpy().tobytes())
-            Path(f"{faults.hashes}.{my_rank()}").write_text(digest.hexdigest())
+            weights = b"".join(t.cpu().numpy().tobytes() for t in models[0].state_dict().values())
+            digest = hashlib.sha256(weights).hexdigest()
+            Path(f"{faults.hashes}.{my_rank()}").write_text(digest)
 
 
 def faulty(argv: list[str]) -> int:

@@ -4,7 +4,7 @@
     python tests/soak_kill.py --kills=20
 
 Trains once undisturbed, a few seconds with many saves, and then kills the same command (SIGKILL):
-half of the times at moments drawn uniformly over the time that took, half of the times inside a
+half of the times at moments drawn uniformly over what it has before it, half of the times inside a
 save, at a random moment after its folder has appeared. What is killed is started again; what ended
 before its kill is compared and removed, and all begins anew. Two things have to hold:
 
@@ -18,7 +18,6 @@ Prints what each kill came into; leaves nothing behind.
 """
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -43,9 +43,9 @@ RUN = """
 dataset = run = "soak"
 sources = [dict(name="text", path="text.txt")]
 vocab_size = 1024
-seq_len = 64
-n_chunks = 5
-rows_per_chunk = 80
+seq_len = 32
+n_chunks = 12
+rows_per_chunk = 40
 valid_rows = 16
 n_layer = 2
 n_head = 4
@@ -53,8 +53,8 @@ n_embd = 128
 n_inner = 344
 lr = 1e-3
 warmup_steps = 10
-batch_size = 4
-save_steps = 3
+batch_size = 2
+save_steps = 4
 workers = 1
 log_every = 100
 """
@@ -152,6 +152,10 @@ def finish(child: subprocess.Popen) -> None:
         raise Stop(DATA, f"{child.args[1]} ended with {child.returncode}: {err}")
 
 
+def text_of(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
 def saving(out: Path) -> bool:
     """Whether a checkpoint is being written: its folder has its unfinished name."""
     return any(path.is_dir() for path in out.glob("*.part"))
@@ -163,61 +167,89 @@ def phase(out: Path) -> str:
         return "writing"
     if list(out.glob("*.old")):
         return "replacing"
-    if list(out.glob("*.gone")):
-        return "removing"
-    return "between saves" if (out / "metrics.jsonl").is_file() else "before the first step"
+    return "removing" if list(out.glob("*.gone")) else "between saves"
 
 
-def undisturbed(root: Path, out: Path) -> tuple[float, float, float]:
-    """Seconds of the whole run, of a save, and the share of the time that saves are under way."""
-    began, spans, since = time.perf_counter(), [], None
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a run that nobody disturbs."""
+    boot: float  # until its first step
+    whole: float  # until its end
+    save: float  # of a save, the median
+    inside: float  # of all saves
+
+
+def undisturbed(root: Path, out: Path) -> Times:
+    began, boot, spans, since = time.perf_counter(), 0.0, [], None
     child = start(root, "train.py")
     while child.poll() is None:
         now = time.perf_counter()
+        boot = boot or (now - began) * (out / "metrics.jsonl").is_file()
         if saving(out) and since is None:
             since = now
         elif since is not None and not saving(out):
             spans, since = [*spans, now - since], None
         time.sleep(POLL)
     finish(child)
-    whole = time.perf_counter() - began
-    return whole, statistics.median(spans), sum(spans) / whole
+    return Times(boot, time.perf_counter() - began, statistics.median(spans), sum(spans))
 
 
-def kill(child: subprocess.Popen, out: Path, moment: float, inside: float | None) -> bool:
-    """Kill at a moment or, if `inside` is given, so long after the next save has begun. False: it
-    had ended by then."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(moment)
-    if inside is not None:
-        while child.poll() is None and saving(out):
-            time.sleep(POLL)
-        while child.poll() is None and not saving(out):
-            time.sleep(POLL)
-        time.sleep(inside)
+@dataclass(frozen=True)
+class Aim:
+    """When to kill."""
+    step: int | None  # once its line is in metrics.jsonl; none: from the start of the process
+    inside: bool  # and then, once a save begins
+    delay: float  # and so many seconds later
+
+
+def take_aim(dice: random.Random, times: Times, n: int, done: int, last: int) -> Aim:
+    """Inside a save for odd n; for even n uniform over the time that the run will still take."""
+    if n % 2:  # soon, so that one run is killed more than once
+        return Aim(dice.randint(done, done + (last - done) // 3), True, dice.uniform(0, times.save))
+    step = (times.whole - times.boot) / last
+    moment = dice.uniform(0, times.boot + step * (last - done))
+    if moment < times.boot:
+        return Aim(None, False, moment)
+    return Aim(done + int((moment - times.boot) / step), False, dice.uniform(0, step))
+
+
+def kill(child: subprocess.Popen, out: Path, aim: Aim) -> str:
+    """What a run was at when it was killed; nothing if it had ended by then."""
+    began, launches, idle, at = time.perf_counter(), text_of(out / "run.json"), False, None
+    if aim.step is None:
+        at = began + aim.delay
+    while child.poll() is None and (at is None or time.perf_counter() < at):
+        # Until it adds its launch to run.json, all that is there was left by the one before.
+        if at is None and text_of(out / "run.json") != launches:
+            reached = text_of(out / "metrics.jsonl").count('"kind": "train"') >= aim.step
+            if reached and (not aim.inside or idle and saving(out)):
+                at = time.perf_counter() + aim.delay
+            idle = reached and not saving(out)
+        time.sleep(POLL)
     if child.poll() is not None:
-        return False
+        return ""
     child.kill()
     child.communicate()
-    return True
+    return phase(out) if text_of(out / "run.json") != launches else "before the first step"
 
 
 def soak(root: Path, kills: int, dice: random.Random) -> None:
     out = root / "out" / "soak"
     finish(start(root, "prepare.py"))
-    whole, save, share = undisturbed(root, out)
-    should = result(out)
+    times, should = undisturbed(root, out), result(out)
+    last = max(steps_of(out).values())
     size = sum(p.stat().st_size for p in (out / "ckpt_000").rglob("*"))
-    print(f"undisturbed: {whole:.1f} s, {len(should[1])} files in {len(checkpoints(out))} "
-          f"checkpoints of {size / 1e6:.1f} MB; a save takes {save:.3f} s, {share:.0%} of the time "
-          "is inside one", flush=True)
+    print(f"undisturbed: {times.whole:.1f} s, {last} steps, {len(should[1])} files in "
+          f"{len(checkpoints(out))} checkpoints of {size / 1e6:.1f} MB; a save takes "
+          f"{times.save:.3f} s, {times.inside / times.whole:.0%} of the time is inside one",
+          flush=True)
     shutil.rmtree(out)
     phases, ended, starts, kept = collections.Counter(), 0, 0, {}
     while (n := sum(phases.values())) < kills or kept:
+        aim = take_aim(dice, times, n, max(kept.values(), default=0), last)
         child, starts = start(root, "train.py"), starts + 1
-        inside = dice.uniform(0, save) if n % 2 else None
-        if n < kills and kill(child, out, dice.uniform(0, whole), inside):
-            now, came = steps_of(out), phase(out)
+        if n < kills and (came := kill(child, out, aim)):
+            now = steps_of(out)
             compare_kept(kept, now)
             phases[came], kept = phases[came] + 1, now
             print(f"kill {n + 1:>3}: {came}, the newest of {len(now)} whole checkpoints has step "
