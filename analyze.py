@@ -12,6 +12,7 @@ works in out/<run>.replay/, which stays if a tensor differs; the exit code is 4 
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import shutil
@@ -23,11 +24,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from configs import (CHECKPOINT, DATA, NUMERICAL, USAGE, Config, Stop, from_json, key, load_options,
+from configs import (CHECKPOINT, DATA, USAGE, Config, Stop, from_json, key, load_options,
                      locked, read_sealed, run, say)
-from extras.checkpoints import check_space, check_types
+from extras.checkpoints import check_space, check_types, checkpoints_of
 from extras.hf_folders import verify, weight_files
-from extras.place import Place, choose_place, explain
+from extras.place import Place, choose_place, exchange, explain
 from extras.records import exact_facts, parent_of, say_inexact
 from prepare import read_manifest
 from train import check, make_plan, start, train
@@ -36,6 +37,8 @@ from train import check, make_plan, start, train
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions:
     visit: int | None = key("the visit to train again; none: every one", None, low=0)
+    init_from: str | None = key("where the checkpoint lies now that the run started from; none: "
+                                "where it lay then", None, pattern=".+")
 
 
 # ---- replay --------------------------------------------------------------------------------------
@@ -66,8 +69,8 @@ def base_of(folder: Path, visit: int) -> tuple[Path, dict] | None:
             verify(base, "optimizer")
             check_types(base, state)
             return base, state
-        except Stop as stop:
-            say(f"{stop}; starting earlier")
+        except (Stop, OSError) as error:
+            say(f"{error}; starting earlier")
     return None
 
 
@@ -113,77 +116,96 @@ def compare(again: Path, before: Path) -> tuple[int, str]:
     return len(theirs), f"{first} ({count} differ in all)" if first else ""
 
 
+def as_trained(record: dict, visit: int, per_visit: int, config: Config, place: Place
+               ) -> tuple[Config, Place]:
+    """Micro-batch, type and compile as they were when a visit was trained; says what is not so."""
+    launches, first = record["launches"], visit * per_visit
+    begun = max(i for i, one in enumerate(launches) if one["from_step"] <= first)
+    facts = [one["exact"] for one in launches[begun:] if one["from_step"] < first + per_visit]
+    if any(one != facts[0] for one in facts):
+        say(f"visit {visit} was trained in parts, on other machines or in other ways: it cannot be "
+            "made again bit for bit")
+    micro, was = facts[0]["micro_batch_size"], facts[0]
+    config = dataclasses.replace(config, optim=dataclasses.replace(
+        config.optim, micro_batch_size=micro))
+    place = dataclasses.replace(place, dtype=getattr(torch, was["dtype"]), compile=was["compile"])
+    say_inexact(was, exact_facts(config, place))
+    return config, place
+
+
 def replay(folder: Path, visit: int, config: Config, record: dict, manifest: dict, place: Place,
-           scratch: Path) -> list[str]:
-    """Train a visit again, and those before it that its base is short of; what differs of each."""
+           scratch: Path) -> tuple[range, str]:
+    """Train a visit again, and those before it that its base is short of. Returns which they are,
+    and what differs in the first that is not the same."""
     target = read_sealed(folder / f"ckpt_{visit:03d}" / "state.json", CHECKPOINT)
     base = base_of(folder, visit)
     plan = make_plan(config, manifest, target["queue"])
-    stop = (visit + 1) * plan.steps_per_visit
-    plan = dataclasses.replace(plan, stop=stop)
+    plan = dataclasses.replace(plan, stop=(visit + 1) * plan.steps_per_visit)
+    config, place = as_trained(record, visit, plan.steps_per_visit, config, place)
     parent = None if base else parent_of(config)
-    if parent and parent != record["parent"]:
+    if parent and parent["sha256"] != record["parent"]["sha256"]:
         raise Stop(CHECKPOINT, f"{parent['checkpoint']} is not what {folder} began with: its "
-                   f"weights have sha256 {parent['sha256']}")
+                   f"weights have sha256 {parent['sha256']}, not {record['parent']['sha256']}")
     model, optimizer, state = start(config, place, plan, base, parent)
-    first = state["step"] // plan.steps_per_visit
-    check_space(scratch, sum(p.numel() for p in model.parameters()), visit - first + 1)
+    visits = range(state["step"] // plan.steps_per_visit, visit + 1)
+    check_space(scratch, sum(p.numel() for p in model.parameters()), len(visits))
     state |= {k: target[k] for k in ("queue", "deferred", "dropped", "skipped")}
-    say(f"visits {first} to {visit} again, chunks "
-        f"{', '.join(f'{c:03d} of epoch {e}' for e, c in plan.queue[first:visit + 1])}, steps "
-        f"{state['step'] + 1} to {stop}, from {base[0] if base else 'the initial weights'}")
-    if train(config, manifest, place, plan, scratch, record, model, optimizer, state,
-             validating=False):
-        raise Stop(NUMERICAL, f"visit {visit} failed when it was trained again: see "
-                   f"{scratch / 'incidents.jsonl'}")
-    found = []
-    for v in range(first, visit + 1) if place.rank == 0 else ():
+    chunks = ", ".join(f"{chunk:03d} of epoch {epoch}" for epoch, chunk in
+                       (plan.queue[v] for v in visits))
+    say(f"visits {visits[0]} to {visit} again, chunks {chunks}, steps {state['step'] + 1} to "
+        f"{plan.stop}, from {base[0] if base else 'the initial weights'}")
+    train(config, manifest, place, plan, scratch, record, model, optimizer, state,
+          validating=False)
+    for v in visits if place.rank == 0 else ():
         name = f"ckpt_{v:03d}"
         if not (folder / name).is_dir():
             say(f"visit {v}: {folder / name} is not there, nothing to compare with")
             continue
         n, differs = compare(scratch / name, folder / name)
         if differs:
-            found.append(f"visit {v} is not {folder / name}: {differs}")
-        else:
-            bare = "" if (folder / name / "optimizer").is_dir() else (
-                " of the weights; the optimizer's were not kept")
-            say(f"visit {v}: identical, {n} tensors{bare}")
-    return found
+            return visits, f"visit {v} is not {folder / name}: {differs}"
+        bare = "" if (folder / name / "optimizer").is_dir() else (
+            " of the weights; the optimizer's were not kept")
+        say(f"visit {v}: identical, {n} tensors{bare}")
+    return visits, ""
 
 
 def replay_command(argv: list[str]) -> None:
     """analyze.py replay RUN [--visit=V]. Raises Stop(CHECKPOINT) if a tensor differs."""
     word, options = load_options(argv, ReplayOptions, "a run such as out/demo")
-    folder = Path(word)
+    folder, scratch = Path(word), Path(f"{word.rstrip('/')}.replay")
     config, record = read_record(folder)
     manifest = read_manifest(Path("data") / config.data.dataset)
     if record["data_hash"] != manifest["data_hash"]:
         raise Stop(DATA, f"data/{config.data.dataset} is not what {folder} was trained on: data "
                    f"hash {manifest['data_hash']}, the run has {record['data_hash']}")
-    have = sorted(int(path.name.removeprefix("ckpt_")) for path in folder.glob("ckpt_*[0-9]"))
+    have = checkpoints_of(folder)
     if not have or options.visit not in (None, *have):
         raise Stop(USAGE, f"{folder} has no checkpoint {options.visit or 0}; it has "
                    f"{', '.join(map(str, have)) or 'none'}")
+    if (scratch / "run.json").exists():
+        raise Stop(USAGE, f"{scratch}, where visits are trained again, is a run itself: rename it")
     config = dataclasses.replace(config, train=dataclasses.replace(
-        config.train, save_steps=None, save_minutes=None, log_to="none", on_nonfinite="stop"))
-    place, scratch, found = choose_place(config), Path(f"{folder}.replay"), []
+        config.train, save_steps=None, save_minutes=None, log_to="none", on_nonfinite="stop",
+        keep_optimizer=None, init_from=options.init_from or config.train.init_from))
+    place = choose_place(config)
     check(config, manifest, place.world)
-    say_inexact(record, exact_facts(config, place))
+    # From the last visit down: where optimizer states are thinned, one way compares many.
+    todo = sorted(have, reverse=True) if options.visit is None else [options.visit]
     with locked(scratch) if place.rank == 0 else contextlib.nullcontext():
-        for visit in have if options.visit is None else [options.visit]:
+        while todo:
             if place.rank == 0:
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir(parents=True)
-            if place.world > 1:
-                dist.barrier()
             try:
-                found += replay(folder, visit, config, record, manifest, place, scratch)
+                visits, differs = replay(folder, todo[0], config, record, manifest, place, scratch)
+                if exchange([bool(differs)], place).any():
+                    differs = differs or f"visit {todo[0]} differs, rank 0 says where"
+                    raise Stop(CHECKPOINT, f"{differs}; the other one is kept in {scratch}")
             except RuntimeError as error:
                 raise explain(error, config, place, 0) or error from error
-            if found:
-                raise Stop(CHECKPOINT, f"{found[0]}; what training again gives is kept in "
-                           f"{scratch}")
+            todo = [visit for visit in todo if visit not in visits]
+            gc.collect()  # compiled blocks hold themselves
         if place.rank == 0:
             shutil.rmtree(scratch)
     if place.world > 1:

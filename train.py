@@ -479,8 +479,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             if told and step < plan.stop:
                 if saver:
                     saver.wait()
-                if place.world > 1:  # where one rank has ended, torchrun ends the others
-                    dist.barrier()
+                exchange([0], place)  # where one rank has ended, torchrun ends the others
                 raise Stop(128 + told, f"{signal.Signals(told).name} came: {out / name} holds step "
                            f"{step}, the same command goes on from there")
             if whole or step == plan.stop:
@@ -552,8 +551,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
                     write_run(record, out, exact_facts(config, place), argv, step, resume)
                 tidy(out, step, plan, validated and step % plan.steps_per_visit == 0)
             launched = True
-            if place.world > 1:
-                dist.barrier()
+            exchange([0], place)  # all wait for what rank 0 has written
             new_queue = train(config, manifest, place, plan, out, record, model, optimizer, state,
                               heard)
             if new_queue is None:
@@ -565,8 +563,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
                 save_run(record, out)
             del model, optimizer
             gc.collect()  # compiled blocks hold themselves; both models may not fit
-            if place.world > 1:
-                dist.barrier()
+            exchange([0], place)
     except RuntimeError as error:
         if stop := explain(error, config, place, state["step"]):
             raise stop from error

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 
 
-def documents_of(folder: Path, manifest: dict, name: str, rows: list[int]) -> list[dict]:
+def documents_of(folder: Path, manifest: dict, name: str, rows: list[int]
+                 ) -> list[dict] | None:
     """{row, source, file, line} of every document that a token of these rows is from, in order.
 
     `rows` are places in the file `name` of a data set. Of a release, whose documents are not known,
-    it is the line of the row itself.
+    it is the line of the row itself. None where the set came without its provenance/.
     """
+    if not (folder / "provenance" / f"{name}.npy").is_file():
+        return None
     way, sources, recipe = folder / "provenance", manifest["sources"], manifest["recipe"]
     origins, released = np.load(way / f"{name}.npy"), recipe["sources"][0]["rows"]
     stride = manifest["seq_len"] + (not recipe["overlap"])  # from a row's first token to the next's

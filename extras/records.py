@@ -100,17 +100,18 @@ def exact_facts(config: Config, place: Place) -> dict:
             "micro_batch_size": config.optim.micro_batch_size}
 
 
-def say_inexact(record: dict, exact: dict) -> None:
-    """Say in what this machine differs from the one of a run's last launch."""
-    for k, was in record["launches"][-1]["exact"].items() if record["launches"] else ():
-        if was != exact[k]:
-            say(f"{k} was {was}, is {exact[k]}: no longer bit-exact")
+def say_inexact(was: dict, now: dict) -> None:
+    """Say in what this launch differs from another one."""
+    for k in was:
+        if was[k] != now[k]:
+            say(f"{k} was {was[k]}, is {now[k]}: no longer bit-exact")
 
 
 def write_run(record: dict, out: Path, exact: dict, argv: list[str], step: int,
               resume: tuple[Path, dict] | None) -> None:
     """Add this launch to run.json and find out, before the first step, that it can be written."""
-    say_inexact(record, exact)
+    if record["launches"]:
+        say_inexact(record["launches"][-1]["exact"], exact)
     record["launches"].append({
         "from_step": step, "command": portable(argv), "git": git_state(), "exact": exact,
         "versions": {"python": platform.python_version(), "numpy": np.__version__}})

@@ -30,7 +30,8 @@ from configs import run, sha256_file
 from conftest import REPO
 from fault import Faults, faulty, planted
 from model import Transformer
-from test_train import TIMINGS, TINY, hashes, loopback, metrics, prepared, room, torchrun  # noqa: F401
+from test_train import (TIMINGS, TINY, config_of, hashes, loopback, metrics,  # noqa: F401
+                        prepared, room, torchrun)
 
 EOS = 2
 SMALL = ["--n_layer=1", "--dtype=float32", "--log_every=1000"]  # where there are many steps
@@ -360,8 +361,9 @@ def stopped(capsys, step: int, *argv: str, **faults) -> None:
     err = capsys.readouterr().err
     rows = str(numbers_of(step, (step - 1) // 4))[1:-1]
     assert err.count("\n") == 1 and err.startswith("error: ")
+    kind = str(train.choose_place(config_of()).dtype).removeprefix("torch.")
     assert all(part in err for part in (
-        f"step {step}:", "loss nan", f"lr is {lr_by_hand(step):g}", "torch.", f"rows {rows}",
+        f"step {step}:", "loss nan", f"lr is {lr_by_hand(step):g}", kind, f"rows {rows}",
         f"chunk {(step - 1) // 4},", "--lr", "--warmup_steps", "incidents.jsonl")), err
     out = Path("out/tiny")
     assert [line["step"] for line in metrics(out)] == list(range(1, step))
@@ -463,7 +465,7 @@ def test_a_chunk_that_fails_waits(room, monkeypatch, capsys, faults, argv, queue
     failed = [([one["epoch"], one["chunk"]], one["action"]) for one in incidents(out)]
     assert sorted(failed) == sorted([(one, "defer") for one in deferred] +
                                     [(one, "drop") for one in dropped])
-    assert all("drop the chunk" in said for _ in dropped[:1])
+    assert ("dropped" in said) == bool(dropped)
     before = hashes(Path("out"))
     assert go(*argv, **faults) == 0
     assert "out/tiny is finished" in capsys.readouterr().out and hashes(Path("out")) == before
