@@ -1,4 +1,5 @@
 # make demo: text -> tokens -> model -> sample -> score, on two CPU cores, in a few minutes.
+# make crystal-mini: CrystalCoder's three stages in small, on the same text, in about seven minutes.
 # make test: the whole test suite.
 # make mup: the learning-rate sweep of README.md, about 20 minutes on two cores; writes assets/mup.*.
 # make proofs: what is too slow for the suite. All set up .venv on their first run, nothing twice.
@@ -6,7 +7,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test mup proofs
+.PHONY: demo crystal-mini test mup proofs
 
 demo: .venv/run
 	$(RUN) prepare.py configs/demo.py
@@ -25,6 +26,18 @@ demo: .venv/run
 	@echo "3. another learning rate, in a folder of its own:"
 	@echo "     $(RUN) train.py configs/demo.py --lr=1e-3 --run=demo_lr1e-3"
 
+# A stage is prepared with the tokenizer of the first and starts from the checkpoint before it.
+crystal-mini: .venv/run
+	$(RUN) prepare.py configs/crystal_mini_stage1.py
+	$(RUN) train.py configs/crystal_mini_stage1.py
+	$(RUN) prepare.py configs/crystal_mini_stage2.py
+	$(RUN) train.py configs/crystal_mini_stage2.py
+	$(RUN) prepare.py configs/crystal_mini_stage3.py
+	$(RUN) train.py configs/crystal_mini_stage3.py
+	$(RUN) evaluate.py out/crystal_mini_stage1/ckpt_001 --tasks=valid
+	$(RUN) evaluate.py out/crystal_mini_stage2/ckpt_005 --tasks=valid
+	$(RUN) evaluate.py out/crystal_mini_stage3/ckpt_001 --tasks=valid
+
 test: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
@@ -32,12 +45,19 @@ test: .venv/dev
 mup: .venv/dev
 	$(RUN) tests/mup.py
 
-proofs: mup
+# The last three: every visit of the demo trained again, with a chunk that fails once and is put off.
+proofs: mup demo
 	$(RUN) tests/bench.py sample
 	$(RUN) tests/bench.py init
 	$(RUN) tests/bench.py tokenize
 	$(RUN) tests/bench.py long
+	$(RUN) tests/bench.py saving
+	$(RUN) tests/bench.py memory
 	$(RUN) tests/soak_prepare.py --kills=30
+	$(RUN) tests/soak_kill.py --kills=100
+	$(RUN) analyze.py replay out/demo
+	$(RUN) tests/fault.py --chunk=2 --once -- configs/demo.py --run=demo_late --on_nonfinite=defer
+	$(RUN) analyze.py replay out/demo_late
 
 # An empty file marks what is installed; it is older than a requirements file that has changed.
 .venv/run: requirements.txt

@@ -302,17 +302,18 @@ def without(state: dict, visit: int, action: str) -> dict:
     return dict(queue=[*queue, chunk], deferred=[*deferred, chunk], dropped=dropped)
 
 
-def failed(journal: Journal, where: dict, action: str, lr: float, losses: np.ndarray,
+def failed(journal: Journal, where: dict, action: str, lr: float, place: Place, losses: np.ndarray,
            norms: np.ndarray, rows: list[int], documents: list[dict] | None) -> None:
     """Write down and say that a step is not taken. Raises Stop if the run ends with it."""
+    dtype = str(place.dtype).removeprefix("torch.")
     journal.incident("nonfinite", where | {
-        "action": action, "lr": lr, "loss": [str(x) for x in losses],
+        "action": action, "lr": lr, "dtype": dtype, "loss": [str(x) for x in losses],
         "grad_norm": [str(x) for x in norms], "rows": rows, "documents": documents})
     what = (f"step {where['step']}: loss {losses.mean()}, gradient norm {norms.max()}, chunk "
             f"{where['chunk']}, rows {str(rows[:8])[1:-1]}; see incidents.jsonl")
     if action == "stop":
-        raise Stop(NUMERICAL, f"{what}; lr is {lr:g}; the last checkpoint stays: try a smaller "
-                   "--lr, more --warmup_steps or --dtype=float32")
+        raise Stop(NUMERICAL, f"{what}; lr is {lr:g}, dtype {dtype}; the last checkpoint stays: "
+                   "try a smaller --lr, more --warmup_steps or --dtype=float32")
     say(f"{what}; " + {"skip": "the step is skipped",
                        "defer": "the chunk is put off to the end of the queue",
                        "drop": "the chunk is dropped: it has failed twice"}[action])
@@ -429,7 +430,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             elif not taken:
                 action = judge(config, state, step, visit)
                 bad = numbers[suspects(model, mine, place)].tolist()
-                failed(journal, where, action, lr, losses, norms, bad,
+                failed(journal, where, action, lr, place, losses, norms, bad,
                        documents_of(folder, manifest, chunk_name(chunk), bad))
                 if action != "skip":
                     return without(state, visit, action)
@@ -527,6 +528,8 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
                            "rank another: out/ must be one folder for all ranks")
             plan = make_plan(config, manifest, record.get("queue", saved.get("queue")))
             if not plan.queue:
+                if place.rank == 0:
+                    tidy(out, step, plan, False)
                 raise Stop(NUMERICAL, f"{out}: every chunk was dropped; try a smaller --lr")
             validated = is_validated(out, manifest, step)
             finished = bool(resume) and step >= plan.stop and validated

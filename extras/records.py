@@ -13,6 +13,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +181,8 @@ def is_validated(out: Path, manifest: dict, step: int) -> bool:
 def recent_losses(path: Path, n: int) -> list[float]:
     """The last n losses in metrics.jsonl, of steps that were taken."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [json.loads(line)["loss"] for line in lines[-2 * n:] if '"kind": "train"' in line]
-    return [loss for loss in found if loss is not None][-n:]
+    found = (json.loads(line)["loss"] for line in reversed(lines) if '"kind": "train"' in line)
+    return [*islice((loss for loss in found if loss is not None), n)][::-1]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,14 @@
 """Plants faults in train.py from outside: it knows nothing of them.
 
-    python tests/fault.py --nan=5,6,7 -- tiny.py --run=x            # three losses in a row are NaN
-    python tests/fault.py --chunk=2 --once -- configs/demo.py       # chunk 2 fails, but not again
+    python tests/fault.py --nan=5,6,7 -- configs/demo.py --run=x     # three losses in a row are NaN
+    python tests/fault.py --chunk=2 --once -- configs/demo.py --on_nonfinite=defer
     torchrun --nproc_per_node=2 -- tests/fault.py --nan=5 --rank=1 -- configs/demo.py
 
-What stands behind the lone -- is train.py's own command line, and its exit code is this one's.
-Tests plant the same in their own process:
+What stands behind the lone -- is train.py's own command line, and its exit code is this one's;
+--help lists the faults. Tests plant the same in their own process:
 
     with planted(Faults(nan="5")):
         train.main(["tiny.py"])
-
---help lists the faults.
 """
 
 import contextlib
@@ -110,8 +108,7 @@ def planted(faults: Faults) -> Iterator[None]:
             setattr(train, k, function)
         if faults.hashes and models:
             weights = b"".join(t.cpu().numpy().tobytes() for t in models[0].state_dict().values())
-            digest = hashlib.sha256(weights).hexdigest()
-            Path(f"{faults.hashes}.{my_rank()}").write_text(digest)
+            Path(f"{faults.hashes}.{my_rank()}").write_text(hashlib.sha256(weights).hexdigest())
 
 
 def faulty(argv: list[str]) -> int:

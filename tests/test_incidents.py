@@ -165,7 +165,7 @@ GOOD = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0
 
 
 def one_rank(folder: str, environ: dict[str, str], argv: list[str]) -> None:
-    """What a process of Ranks does: tests/fault.py, with its output in files."""
+    """What a process of ranks() does: tests/fault.py, with its output in files."""
     os.chdir(folder)
     os.environ.update(environ)
     name = f"rank_{environ.get('RANK', '')}"
@@ -494,13 +494,15 @@ def test_the_incidents_of_a_deferred_chunk(room):
     assert both[0]["documents"] == both[1]["documents"]
 
 
-def test_no_chunk_is_left(room, capsys):
-    """Every chunk fails twice: the run says so, again and again, and writes no checkpoint."""
+@pytest.mark.parametrize("begin", [1, 3])
+def test_no_chunk_is_left(room, capsys, begin):
+    """Every chunk fails twice: the run says so, again and again, and leaves no checkpoint and no
+    step, but the incidents."""
     for _ in range(2):
-        assert go("--on_nonfinite=defer", chunk="0,1,2,3") == 5
+        assert go("--on_nonfinite=defer", chunk="0,1,2,3", begin=begin) == 5
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "every chunk was dropped" in err and "--lr" in err
-    assert not list(Path("out/tiny").glob("ckpt_*")) and metrics(Path("out/tiny")) == []
+        assert not list(Path("out/tiny").glob("ckpt_*")) and metrics(Path("out/tiny")) == []
     assert len(incidents(Path("out/tiny"))) == 8
 
 

@@ -178,12 +178,13 @@ def test_a_stop_while_a_save_is_under_way(room, small, monkeypatch, step):
     assert_same(out, small / "out/tiny")
 
 
+PLAIN = model.Block.forward
+
+
 def drops(always: bool) -> Callable:
     """A block with dropout, as a fork may add it; `always`: a fork that forgets model.eval()."""
-    real = model.Block.forward
-
-    def forward(self, *args, **named):
-        return torch.nn.functional.dropout(real(self, *args, **named), 0.1, always or self.training)
+    def forward(self, *args, **more):
+        return torch.nn.functional.dropout(PLAIN(self, *args, **more), 0.1, always or self.training)
     return forward
 
 
@@ -204,6 +205,11 @@ def test_a_model_that_draws(room, small, monkeypatch, always):
         patch.setattr(train, "validate", lambda *_: iter(()))
         assert go("--run=blind", few) == 0
     assert hashes(Path("out/blind/ckpt_002"))["model.safetensors"] == weights
+    if not always:  # it is off while held-out rows are scored: their losses are those without it
+        with monkeypatch.context() as patch:
+            patch.setattr(model.Block, "forward", PLAIN)
+            assert go("--run=blind", few) == 0
+        assert lines(Path("out/blind"))[-2:] == lines(Path("out/straight"))[-2:]
     with monkeypatch.context() as patch:
         patch.setattr(train, "set_random_states", lambda *_: None)
         assert go("--run=forgot", "--max_steps=6") == 0
@@ -499,6 +505,8 @@ def test_a_kill_at_each_stage_of_a_save(room, thinned, server, stage):
         wrong = faults(out / name)
         assert not wrong or name not in two and all("/optimizer/" in one for one in wrong)
     assert launch(server, *THIN) == [0], Path("err.0").read_text()
+    assert re.search(rf"\b(going on from|holds)\b.* step {max(there.values())}\b",
+                     Path("out.0").read_text())
     assert_same(out, thinned)
 
 
