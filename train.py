@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs import (CHECKPOINT, DATA, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig, Stop, load,
                      locked, run, say, sha256_file)
 from extras.checkpoints import (FORMAT, MASTER, Saver, check_space, checkpoints_of, discard,
-                                load_optimizer, newest, snapshot, sweep)
+                                load_optimizer, newest, snapshot, sweep, thin)
 from extras.place import (Clock, Place, choose_place, exchange, explain, random_states,
                           set_random_states, total)
 from extras.provenance import documents_of
@@ -513,6 +513,13 @@ def ledger(plan: Plan, manifest: dict, place: Place, optimizer: torch.optim.Opti
                          for group in optimizer.param_groups]}
 
 
+def agree(step: int, out: Path, place: Place) -> None:
+    """Refuse to begin where ranks stand at different steps: each would train what it likes."""
+    if len(set(exchange([step], place).ravel())) > 1:
+        raise Stop(CHECKPOINT, f"rank {place.rank} finds step {step} in {out}, another rank "
+                   "another: out/ must be one folder for all ranks")
+
+
 def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
        heard: Sequence[int]) -> None:
     """Train from where the run's folder stands, and again from there when a chunk was put off."""
@@ -523,9 +530,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
         while True:
             resume = newest(out, facts)
             step, saved = (resume[1]["step"], resume[1]) if resume else (0, {})
-            if len(set(exchange([step], place).ravel())) > 1:
-                raise Stop(CHECKPOINT, f"rank {place.rank} finds step {step} in {out}, another "
-                           "rank another: out/ must be one folder for all ranks")
+            agree(step, out, place)
             plan = make_plan(config, manifest, record.get("queue", saved.get("queue")))
             if not plan.queue:
                 if place.rank == 0:
@@ -537,6 +542,7 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
                 say(f"{out} is finished: {resume[0]} holds step {step}, asked for were {plan.stop}")
                 if place.rank == 0:
                     tidy(out, step, plan, True)
+                    thin(out, plan.visit_of(step), config.train.keep_optimizer)
                 break
             if resume:
                 say(f"going on from {resume[0]}, step {step} of {plan.stop}")

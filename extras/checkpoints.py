@@ -160,6 +160,14 @@ def sweep(out: Path) -> None:
             discard(path)
 
 
+def thin(out: Path, visit: int, keep: int | None) -> None:
+    """Keep the optimizer state of the newest checkpoints up to a visit; later ones are damaged."""
+    full = [folder for v, folder in checkpoints_of(out).items()
+            if v <= visit and (folder / "optimizer").is_dir()]
+    for folder in full[:-keep] if keep else []:
+        discard(folder / "optimizer")
+
+
 def check_space(out: Path, n_params: int, more: int) -> None:
     """Refuse to begin where not even two checkpoints fit; say if the `more` of the run will not."""
     size = n_params * 4 * (1 + len(MOMENTS))
@@ -233,10 +241,7 @@ class Saver:
             self.parent = sha256_file(self.out / name / "state.json")
             discard(self.out / "last")
             discard(self.out / "last.old")
-            full = [folder for visit, folder in checkpoints_of(self.out).items()
-                    if visit <= state["visit"] and (folder / "optimizer").is_dir()]
-            for folder in full[:-self.keep] if self.keep else []:  # later ones may be damaged
-                discard(folder / "optimizer")
+            thin(self.out, state["visit"], self.keep)
         say(f"  saved {self.out / name}")
 
     def wait(self) -> None:

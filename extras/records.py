@@ -146,11 +146,11 @@ def append(path: Path, lines: list[dict]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Forget a last line that a kill cut short."""
+    """Forget a last line that a kill or a full disk cut short."""
     path.touch()
-    *whole, rest = path.read_text(encoding="utf-8").split("\n")
-    if rest:
-        write_atomic(path, "".join(line + "\n" for line in whole))
+    content = path.read_bytes()
+    if rest := len(content) - (content.rfind(b"\n") + 1):
+        write_atomic(path, content[:-rest].decode())
 
 
 def truncate_metrics(path: Path, step: int, per_visit: int, validated: bool) -> None:
@@ -173,7 +173,8 @@ def truncate_metrics(path: Path, step: int, per_visit: int, validated: bool) -> 
 def is_validated(out: Path, manifest: dict, step: int) -> bool:
     """Whether the held-out lines of a step were logged; a kill may come between save and them."""
     path = out / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = text[:text.rfind("\n") + 1]  # without a line that was cut short
     sources = [source["name"] for source in manifest["sources"] if source["valid_rows"]]
     return text.count(f'"kind": "valid", "step": {step},') == len(sources)
 
