@@ -14,6 +14,8 @@ command goes on where the run stopped. Reads data/<dataset>/; writes out/<run>/:
     incidents.jsonl  steps that were not taken, with the documents behind them; spikes; restarts
     ckpt_000/ ...    one per visit: a Hugging Face folder + optimizer/ + state.json; whole or absent
     last/            the same inside a visit: every ten minutes, at a signal, and at max_steps
+
+A run begins in go(), near the end; its loop is train().
 """
 
 import contextlib

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import gc
 import json
 import math
 import multiprocessing
@@ -40,6 +41,15 @@ alone = pytest.mark.skipif(not loopback(), reason="no loopback interface: proces
 
 
 # ---- helpers -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """A deferral collects garbage: not among all that is imported, which takes most of a second."""
+    import transformers  # noqa: F401
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 def go(*argv: str, **faults) -> int:
     """A run of train.py in this process, with faults -> its exit code."""

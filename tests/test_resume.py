@@ -242,20 +242,25 @@ def test_the_loop_waits_for_the_copy_alone(room, small, monkeypatch):
 
 # ---- told ----------------------------------------------------------------------------------------
 
-def slow_script(room: Path, step: int, seconds: float) -> Path:
-    """train.py, started as a script, whose steps take so long from this one of a launch on."""
+def slow_script(room: Path, step: int, seconds: float, save: float = 0.0) -> Path:
+    """train.py, started as a script, whose steps take so long from this one of a launch on; and so
+    do its saves of last/."""
     path = room / "slow.py"
     path.write_text(f"""
 import sys, time
 sys.path.insert(0, {str(REPO)!r})
 import train
 from configs import run
-real, now = train.forward_backward, [0]
+from extras import checkpoints
+real, write, now = train.forward_backward, checkpoints.write, [0]
 def forward_backward(*args):
     now[0] += 1
     time.sleep({seconds} * (now[0] >= {step}))
     return real(*args)
-train.forward_backward = forward_backward
+def slow_write(out, name, *args):
+    time.sleep({save} * (name == "last"))
+    write(out, name, *args)
+train.forward_backward, checkpoints.write = forward_backward, slow_write
 sys.exit(run(train.main, "", [], sys.argv[1:]))
 """)
     return path
@@ -385,14 +390,19 @@ def rank_of(pid: int) -> str:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")
 def test_one_rank_is_told(room, server):
     """Under torchrun SIGTERM comes to the second of two ranks alone: both end after the same step,
-    with one last/ of it, and the run goes on to the bits of two undisturbed ranks."""
+    with one last/ of it, and the run goes on to the bits of two undisturbed ranks. The second does
+    not leave before last/ is there: torchrun ends all others soon after the first that ends."""
     assert launch(server, "--run=straight", "--max_steps=12", ranks=2) == [0, 0]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     child = started(["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-                     "--", str(slow_script(room, 6, 0.5)), "tiny.py", "--max_steps=12"], 6)
+                     "--", str(slow_script(room, 6, 0.5, 2.0)), "tiny.py", "--max_steps=12"], 6)
     [second] = [pid for pid in children_of(child.pid) if rank_of(pid) == "1"]
     os.kill(second, signal.SIGTERM)
+    while not Path("out/tiny/last").is_dir():
+        fields = Path(f"/proc/{second}/stat").read_text().rpartition(")")[2].split()
+        assert fields[0] != "Z" and child.poll() is None
+        time.sleep(0.02)
     out, err = child.communicate(timeout=60)
     assert child.returncode != 0  # torchrun's own
     told = re.findall(r"^\[rank (\d)\] SIGTERM came: out/tiny/last holds step (\d+), .*$", err,
