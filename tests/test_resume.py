@@ -364,18 +364,26 @@ def launch(server, *argv: str, before: Callable | None = None, given: tuple = ()
     return [process.exitcode for process in all_of_them]
 
 
-def drop() -> None:
+HELD = contextlib.ExitStack()  # until a process ends
+
+
+def drop(told: bool) -> None:
+    """This process has dropout and, perhaps, hears SIGINT in its sixth step."""
     model.Block.forward = drops(False)
+    if told:
+        HELD.enter_context(at_step(6, 1, lambda: tell(signal.SIGINT)))
 
 
 @alone
 def test_ranks_that_draw(room, server):
-    """Each of two ranks has a random state of its own, and gets its own back."""
-    def two(*argv: str) -> None:
-        assert launch(server, "--max_steps=10", *argv, before=drop, ranks=2) == [0, 0]
-    two("--run=straight")
-    two("--max_steps=6")
-    two()
+    """Each of two ranks has a random state of its own, and gets its own back after Ctrl-C, which
+    both of them hear."""
+    def two(*argv: str, told: bool = False) -> list[int]:
+        return launch(server, "--max_steps=10", *argv, before=drop, given=(told,), ranks=2)
+    assert two("--run=straight") == [0, 0]
+    assert two(told=True) == [130, 130] and "SIGINT came" in Path("err.0").read_text()
+    assert step_of(Path("out/tiny/last")) == 6
+    assert two() == [0, 0]
     assert_same(Path("out/tiny"), Path("out/straight"))
     states = load_file("out/tiny/last/optimizer/random.safetensors")
     assert not torch.equal(states["cpu.0"], states["cpu.1"])
