@@ -271,13 +271,13 @@ def saving(pairs: int) -> None:
             train.main([*argv, "--max_steps=8", "--run=warm"])
         took, waits = {"with": [], "without": []}, []
         for i in range(pairs):
-            for way, times in took.items():
+            for way in sorted(took, reverse=i % 2 == 1):  # each is first in turn
                 began = time.process_time()
                 words = [*argv, "--max_steps=128", f"--run={way}_{i}"]
                 with other_saves(timed if way == "with" else None), (
                         contextlib.redirect_stdout(quiet)):
                     wall = seconds(lambda words=words: train.main(words))
-                times.append((wall, time.process_time() - began))
+                took[way].append((wall, time.process_time() - began))
             lines = (folder / f"out/with_{i}/metrics.jsonl").read_text().splitlines()
             waits.append(sum(json.loads(line).get("time_save", 0) for line in lines))
         size = sum(p.stat().st_size for p in (folder / "out/with_0/ckpt_000").rglob("*"))

@@ -528,7 +528,7 @@ def test_synced_before_it_has_a_name_by_the_kernel(room):
     assert done.returncode == 0, done.stderr
     calls, here = [], Path.cwd()
     for line in Path("calls").read_text().splitlines():
-        if found := re.search(r"f(?:data)?sync\(\d+<(.*)>", line):
+        if found := re.search(r"f(?:data)?sync\(\d+<([^>]*)>", line):
             calls.append(("fsync", found[1]))
         elif found := re.search(r'rename\w*\((?:AT_FDCWD[^,]*, )?"([^"]*)"', line):
             calls.append(("rename", str(here / found[1])))
