@@ -218,12 +218,12 @@ def test_a_model_that_draws(room, small, monkeypatch, always):
 
 
 def test_the_loop_waits_for_the_copy_alone(room, small, monkeypatch):
-    """A save takes a second: the steps after it go on meanwhile, and the next save waits for it."""
+    """A save takes three seconds: the steps after it go on, and the next save waits for it."""
     write, spans, steps = checkpoints.write, [], []
 
     def slowly(*args):
         began = time.monotonic()
-        time.sleep(1.0)
+        time.sleep(3.0)
         write(*args)
         spans.append((began, time.monotonic()))
     real = train.forward_backward
@@ -236,7 +236,7 @@ def test_the_loop_waits_for_the_copy_alone(room, small, monkeypatch):
     assert b <= c and d <= e
     waits = [json.loads(line)["time_save"] for line in Path(
         "out/tiny/metrics.jsonl").read_text().splitlines() if '"train"' in line]
-    assert waits[3] < 0.3 and waits[7] > 0.3 and max(waits[4:7]) < 0.3
+    assert waits[3] < 1 and waits[7] > 1 and max(waits[4:7]) < 1
     assert hashes(Path("out/tiny/ckpt_002")) == hashes(small / "out/tiny/ckpt_002")
 
 
