@@ -995,7 +995,7 @@ def test_a_release_is_trained_and_scored(room):
     made(ROWS, **LIKE | dict(n_chunks=2))
     train.main(["run.py", "--device=cpu", "--dtype=float32"])
     state = json.loads(Path("out/run/ckpt_001/state.json").read_text())
-    assert state["consumed"] == [0, 1] and state["step"] == 2 * (48 // 4)
+    assert state["consumed"] == [[0, 0], [0, 1]] and state["step"] == 2 * (48 // 4)
     evaluate.main(["out/run/ckpt_001", "--tasks=valid", "--output=scores.json", "--device=cpu"])
     text = Path("scores.json").read_text()
     assert all(f"valid/{name}" in text for name, _ in BLOCKS)
