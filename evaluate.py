@@ -1,154 +1,134 @@
 """Stage 4: score a checkpoint, or every checkpoint of a run.
 
-    python evaluate.py out/demo --tasks=valid --output=scores.json   # held-out rows of its data
-    python evaluate.py out/demo/ckpt_007 --tasks=text:novel.txt      # perplexity of a file
-    python evaluate.py CKPT --tasks=hellaswag,piqa --num_fewshot=10 --data_dir=benchmarks
+    python evaluate.py out/demo --tasks=valid                        # held-out rows of its data
+    python evaluate.py CKPT --tasks=hellaswag,piqa --num_fewshot=10 --fetch
+    python evaluate.py CKPT --tasks=leaderboard --convention=legacy  # what LLM360's tables show
+    torchrun --nproc_per_node=8 evaluate.py out/amber_7b --tasks=leaderboard --every=10
 
-Multiple choice is scored by the rules of lm-evaluation-harness 0.4.13, prompts and draws of solved
-examples included: a score here is a score there. Reads a checkpoint of ours or any Hugging Face
-LLaMA folder, and for each task:
+A score here is the score of lm-evaluation-harness: prompts, draws of solved examples and all else
+that moves a number are the rules of its version 0.4.13 (`current`) or of its commit b281b09 of June
+2023 (`legacy`), with which the Open LLM Leaderboard and the paper were made. Reads a checkpoint of
+ours or any Hugging Face LLaMA folder, and for each task:
 
-    valid                            out/<run>/run.json, data/<dataset>/valid_<source>.bin
-    text:FILE                        the file, UTF-8
-    arc_challenge, hellaswag, piqa   <data_dir>/<task>/<split>.jsonl, fields named as on the hub
+    valid        out/<run>/run.json, data/<dataset>/valid_<source>.bin
+    text:FILE    the file, UTF-8
+    the others   <data_dir>/<task>/<split>.jsonl, fields named as on the hub; --fetch gets them once
 
-Prints a table; --output=FILE writes json: {"runs": [{task, num_fewshot, limit, add_bos, metrics,
-items: [{doc_id, lls}], settings}]} with the log-likelihoods of every item, in nats.
+Prints a table; --output=FILE writes json: {"runs": [{task, num_fewshot, limit, add_bos, metrics, n,
+items: [{doc_id, lls}], settings}]} with the log-likelihoods of every item, in nats. Of a run, each
+score is also a line of out/<run>/evals.jsonl, and what stands there is not scored again.
 """
 
+import datetime
+import itertools
 import json
 import math
 import random
 import re
-import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+import torch.distributed as dist
 from tqdm import tqdm
 
-from configs import CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, write_atomic
+from configs import (CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sha256_file,
+                     write_atomic)
+from extras.benchmarks import fetch_benchmarks
 from extras.hf_folders import checkpoint_hash, read_config
+from extras.locks import locked
+from extras.place import Place, device_of, join, read_ranks
+from extras.records import append, mend
+from extras.tasks import (LEGACY, TASKS, Example, Task, detokenize, draw, over_subjects,
+                          read_examples, read_pages, read_text, stderr)
 from extras.tokenizers import Tokenizer, load_tokenizer
-from model import Transformer, choose_device
+from model import Transformer, align, row_nats
 from prepare import open_rows, read_manifest, valid_name
 
-SEED = 1234  # of the harness' draws of solved examples
+SEED = {"current": 1234, "legacy": 42}  # of the harness' draws
+PATIENCE = datetime.timedelta(minutes=30)  # of a rank that waits for the others
 # Ids (T + 1,) int32 of which the last K are scored, and K. The model reads all but the last id.
 Request = tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    tasks: str = key("what to score, separated by commas: valid, text:FILE, arc_challenge, "
-                     "hellaswag, piqa")
-    num_fewshot: int = key("solved examples in front of a question", 0, low=0)
+    tasks: str = key("what to score, separated by commas: valid, text:FILE, wikitext, a benchmark, "
+                     "or leaderboard: arc_challenge, hellaswag, mmlu, truthfulqa with its shots")
+    num_fewshot: int | None = key("solved examples in front of a question; none: 0, and for "
+                                  "leaderboard 25, 10, 5, 0", None, low=0)
+    convention: Literal["current", "legacy"] = key("whose rules: the harness' of today or of 2023",
+                                                   "current")
+    fewshot_split: str | None = key("where solved examples come from; none: as the task says", None,
+                                    pattern="[a-z]+")
+    add_bos: bool | None = key("BOS in front of a text; none: as the tokenizer's folder says, and "
+                               "by legacy never", None)
+    max_length: int | None = key("ids that the model reads at most; none: its context", None, low=1)
     data_dir: str = key("where the benchmarks lie: DIR/<task>/<split>.jsonl", "data/eval")
-    limit: int | None = key("questions of a task, rows of a source; none: all", None, low=1)
+    fetch: bool = key("fetch the benchmarks that do not lie there", False)
+    limit: int | None = key("questions of a task or subject, rows of a source; none: all", None,
+                            low=1)
+    every: int = key("of a run, each so many-th checkpoint, and the last", 1, low=1)
     batch_size: int = key("sequences per forward pass", 16, low=1)
-    output: str | None = key("json file for metrics and the log-likelihoods of every item", None)
-    add_bos: bool | None = key("BOS in front of a text; none: as the tokenizer's folder says", None)
+    output: str | None = key("json file for metrics and the log-likelihoods of every item; all is "
+                             "scored for it, whatever evals.jsonl has", None)
     tokenizer: str | None = key("tokenizer file; none: the one in the checkpoint's folder", None)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("where to compute", "auto")
     dtype: Literal["float32", "bfloat16"] = key("type of the matrix products", "float32")
 
 
-# ---- multiple choice: rows -> prompts ------------------------------------------------------------
-
 @dataclass(frozen=True)
-class Example:
-    """A question; its equality, by the whole row, keeps a question from being its own example."""
-    row: dict
-    context: str
-    choices: list[str]
-    gold: int
-
-
-def arc_challenge(row: dict) -> tuple[str, list[str], int]:
-    gold = row["choices"]["label"].index(row["answerKey"])  # labels are A B C or 1 2 3
-    return f"Question: {row['question']}\nAnswer:", row["choices"]["text"], gold
-
-
-def hellaswag(row: dict) -> tuple[str, list[str], int]:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return without_marks(context), [without_marks(e) for e in row["endings"]], int(row["label"])
-
-
-def without_marks(text: str) -> str:
-    """HellaSwag's text without WikiHow's [header], [title], [step], as the harness cleans it."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")  # once: three blanks become two
-
-
-def piqa(row: dict) -> tuple[str, list[str], int]:
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"])
-
-
-@dataclass(frozen=True)
-class Task:
+class Job:
+    """What every checkpoint is asked."""
     name: str
-    split: str  # the questions; solved examples come from "train"
-    draw_extra: int  # 1 where the harness draws one more than it uses, to drop the question itself
-    read: Callable[[dict], tuple[str, list[str], int]]  # row -> context, choices, gold
+    shots: int
+    data: dict[str, str]  # file -> sha256
+    asked: list[Example] | list[str] | np.ndarray  # questions, whole texts, or rows
+    encoded: dict = field(default_factory=dict)  # questions as ids: checkpoints share a tokenizer
 
 
-TASKS = {task.name: task for task in (
-    Task("arc_challenge", "test", 0, arc_challenge),
-    Task("hellaswag", "validation", 1, hellaswag),
-    Task("piqa", "validation", 1, piqa),
-)}
+# ---- rows -> questions ---------------------------------------------------------------------------
+
+def tasks_of(options: EvaluateOptions) -> dict[str, Task]:
+    return LEGACY if options.convention == "legacy" else TASKS
 
 
-def read_examples(options: EvaluateOptions, task: Task, split: str) -> list[Example]:
-    """The examples of a split in the order of its file. Raises Stop(DATA)."""
-    path, examples = Path(options.data_dir) / task.name / f"{split}.jsonl", []
-    if not path.is_file():
-        raise Stop(DATA, f"{path} not found; expected one json object per line, fields named as on "
-                   f"the Hugging Face hub, in DIR/{task.name}/{split}.jsonl: give --data_dir=DIR")
-    try:
-        with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028
-            for line in file:
-                one = Example(row := json.loads(line), *task.read(row))
-                if not all(isinstance(text, str) for text in [one.context, *one.choices]):
-                    raise TypeError("a choice is no text")
-                if not 0 <= one.gold < len(one.choices):
-                    raise ValueError(f"answer {one.gold} is none of the choices")
-                examples.append(one)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Stop(DATA, f"{path}:{len(examples) + 1}: not a row of {task.name} as the hub has it: "
-                   f"{type(error).__name__}: {error}") from error
-    if not examples:
-        raise Stop(DATA, f"{path} holds no rows; expected one json object per line")
-    return examples
+def rows_path(options: EvaluateOptions, name: str, split: str) -> Path:
+    return Path(options.data_dir) / (tasks_of(options)[name].folder or name) / f"{split}.jsonl"
 
 
-def draw(rng: random.Random, pool: list, n: int, extra: int, question: object) -> list:
-    """n solved examples for a question, as the harness draws them."""
-    if n == 0 or not extra:
-        return rng.sample(pool, n)
-    others = [one for one in rng.sample(pool, n + 1) if one != question][:n]
-    if len(others) == n:
-        return others
-    return rng.sample([one for one in pool if one != question], n)  # copies of it were drawn
+def draws_extra(options: EvaluateOptions, task: Task) -> bool:
+    if options.convention == "legacy":
+        return (options.fewshot_split or task.pool) != "train"
+    # The current harness compares two entries of a task's file: the split of the examples, which
+    # none of ours has, and that of the tests. Where neither is there, they are equal.
+    return options.fewshot_split == ("test" if task.split == "test" else None)
 
 
-def read_questions(options: EvaluateOptions, task: Task) -> list[Example]:
-    """The questions of a task, their solved examples in front of the context. Raises Stop(DATA)."""
-    questions, rng = read_examples(options, task, task.split)[:options.limit], random.Random(SEED)
-    n, needs = options.num_fewshot, options.num_fewshot + task.draw_extra
-    pool = read_examples(options, task, "train") if n else []
-    if n and len(pool) < needs:
-        raise Stop(DATA, f"{task.name}: --num_fewshot={n} draws from {needs} rows or more, "
-                   f"train.jsonl has {len(pool)}; give fewer shots or the whole file")
-    for i, one in enumerate(questions):  # one rng: each draw depends on those before it
-        shots = draw(rng, pool, n, task.draw_extra, one)
-        solved = "".join(f"{s.context} {s.choices[s.gold]}\n\n" for s in shots)
-        questions[i] = replace(one, context=solved + one.context)
+def read_questions(options: EvaluateOptions, name: str, n: int) -> list[Example]:
+    """A task's questions, n solved examples in front of each context. Raises Stop(DATA)."""
+    task, legacy, questions = tasks_of(options)[name], options.convention == "legacy", []
+    pool_path = rows_path(options, name, options.fewshot_split or task.pool)
+    pools, extra = read_examples(pool_path, task) if n else {}, draws_extra(options, task)
+    for subject, examples in read_examples(rows_path(options, name, task.split), task).items():
+        pool, rng = pools.get(subject, []), random.Random(SEED[options.convention])
+        if len(pool) < (needs := n + (n > 0 and extra and not subject)):
+            raise Stop(DATA, f"{name}: --num_fewshot={n} needs {needs} rows{' of ' * bool(subject)}"
+                       f"{subject}, {pool_path} has {len(pool)}; give fewer, or the whole file")
+        if legacy:
+            rng.shuffle(examples)
+        for one in examples[:options.limit]:  # one rng: each draw depends on those before it
+            shots = pool[:n] if subject else draw(rng, pool, n, extra, one) if n else []
+            front = task.subjects.format(subject.replace("_", " ")) + "".join(
+                f"{s.contexts[s.gold]}{task.blank}{s.choices[s.gold]}\n\n" for s in shots)
+            whole = {text: front + text for text in one.contexts}  # most often there is one
+            questions.append(replace(one, contexts=[whole[text] for text in one.contexts]))
     return questions
 
 
@@ -156,52 +136,136 @@ def read_questions(options: EvaluateOptions, task: Task) -> list[Example]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    name: str
+    folder: Path
     model: Transformer
     tokenizer: Tokenizer
     add_bos: bool
+    max_length: int
     options: EvaluateOptions
+    place: Place
+
+    @property
+    def prefix(self) -> int:
+        """What stands in front of a text that has nothing in front of it."""
+        bos = self.tokenizer.bos if self.options.convention == "current" else None
+        return self.tokenizer.eos if bos is None else bos
+
+    def encode(self, text: str) -> list[int]:
+        return [self.tokenizer.bos] * self.add_bos + self.tokenizer.encode(text)
+
+
+def in_common(group: list[Request]) -> int:
+    """How many ids all inputs of a group begin with; of a single one, which shares nothing, 0."""
+    first, n = group[0][0], min(len(ids) - 1 for ids, _ in group)
+    for ids, _ in group[1:]:
+        differ = np.flatnonzero(ids[:n] != first[:n])
+        n = int(differ[0]) if len(differ) else n
+    return n if len(group) > 1 else 0
+
+
+def batches(shapes: list[tuple[int, int]], mine: list[int], B: int, T: int) -> Iterator[list[int]]:
+    """At most B groups, of (ids in common, ids of the longest rest), that fit into T together."""
+    batch, front, rest = [], 0, 0
+    for g in mine:
+        n, own = shapes[g]
+        if batch and (len(batch) == B or max(front, n) + max(rest, own) > T):
+            yield batch
+            batch, front, rest = [], 0, 0
+        batch.append(g)
+        front, rest = max(front, n), max(rest, own)
+    if batch:
+        yield batch
+
+
+def add(sums: torch.Tensor, model: Transformer, x: torch.Tensor,
+        scored: list[tuple[int, int, int, int]]) -> None:
+    """Each (row and column of x, the id that follows, request): its log p onto the request's sum.
+
+    The head runs on these alone.
+    """
+    if scored:
+        row, column, target, request = torch.tensor(scored).T
+        nats = row_nats(x[row, column][:, None], model.head_weight, target[:, None].to(x.device))
+        sums.index_add_(0, request, -nats.cpu().double())  # MPS has no float64
+
+
+def score_batch(ckpt: Checkpoint, batch: list[tuple[list[Request], int]]) -> Iterator[torch.Tensor]:
+    """Groups of requests and what is common to each -> each group's log-likelihoods, in nats.
+
+    Common ids are run once, at the right end of a row, into a cache from which each of the
+    group's requests goes on. At most 2 B sequences of keys and values are in memory.
+    """
+    model, place, B = ckpt.model, ckpt.place, ckpt.options.batch_size
+    # of each request: its group, the ids in common, its ids, and the first place that is scored
+    rows = [(b, n, ids.tolist(), len(ids) - 1 - K)
+            for b, (group, n) in enumerate(batch) for ids, K in group]
+    sums, P = torch.zeros(len(rows), dtype=torch.float64), max(n for _, n in batch)
+    pads = torch.tensor([P - n for _, n in batch], device=place.device)
+    pads, cache, own = pads if pads.any() else None, None, None
+    rest = sorted((r for r, (_, n, ids, _) in enumerate(rows) if len(ids) - 1 > n),
+                  key=lambda r: rows[r][1] - len(rows[r][2]))
+    if P:
+        if rest:
+            longest = max(len(rows[r][2]) - 1 - rows[r][1] for r in rest)
+            cache = model.new_cache(len(batch), place.dtype, P + longest)
+        fronts, _ = align([group[0][0][:n].tolist() for group, n in batch])
+        x = model.hidden(fronts.to(place.device), cache, 0, pads)
+        add(sums, model, x, [(b, P - n + t, ids[t + 1], r) for r, (b, n, ids, first)
+                             in enumerate(rows) for t in range(first, n)])
+    for part in (rest[i:i + B] for i in range(0, len(rest), B)):
+        # Padding stands on the right, where causal attention keeps it from all that is scored.
+        T = max(len(rows[r][2]) - 1 - rows[r][1] for r in part)
+        idx = torch.tensor([(ids[n:-1] + [0] * T)[:T] for _, n, ids, _ in map(rows.__getitem__,
+                                                                              part)])
+        whose = torch.tensor([rows[r][0] for r in part], device=place.device)
+        if cache:
+            own = [(k[whose], v[whose]) for k, v in cache]
+        x = model.hidden(idx.to(place.device), own, P, None if pads is None else pads[whose])
+        add(sums, model, x, [(i, t - n, ids[t + 1], r) for i, r in enumerate(part)
+                             for _, n, ids, first in [rows[r]]
+                             for t in range(max(first, n), len(ids) - 1)])
+    return iter(sums.split([len(group) for group, _ in batch]))
 
 
 @torch.inference_mode()
-def score(ckpt: Checkpoint, requests: list[Request], label: str) -> list[float]:
+def score(ckpt: Checkpoint, groups: list[list[Request]], label: str) -> list[list[float]]:
     """The log-likelihood of each request's last K ids, summed, in nats. Raises Stop(NUMERICAL)."""
-    device, B = ckpt.model.cos.device, ckpt.options.batch_size
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=ckpt.options.dtype == "bfloat16")
+    place, sizes = ckpt.place, [len(group) for group in groups]
+    cast = torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32)
+    shapes = [(n, max(len(ids) for ids, _ in group) - 1 - n)
+              for group in groups for n in [in_common(group)]]
     # Neighbours of one length need little padding; the longest first, so that want of memory shows.
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
-    sums, bar = [0.0] * len(requests), tqdm(total=len(requests), desc=label, disable=None)
-    for at in range(0, len(order), B):
-        batch = order[at:at + B]
-        # Padding stands on the right, where causal attention keeps it from all that is scored.
-        inputs = [torch.from_numpy(requests[i][0][:-1]).long() for i in batch]
-        with cast:
-            logits = ckpt.model(pad_sequence(inputs, batch_first=True).to(device))  # (B, T, V)
-        for b, i in enumerate(batch):
-            ids, K = requests[i]
-            scored = logits[b, len(ids) - 1 - K:len(ids) - 1].float().log_softmax(-1)  # (K, V)
-            targets = torch.from_numpy(ids[-K:]).long().to(device)
-            lls = scored.gather(1, targets[:, None]).cpu()  # (K, 1); MPS has no float64
-            sums[i] = lls.double().sum().item()
-        bar.update(len(batch))
-    bar.close()
-    if not all(map(math.isfinite, sums)):
-        raise Stop(NUMERICAL, f"{ckpt.name}: a log-likelihood of {label} is not finite; the "
+    order = sorted(range(len(groups)), key=lambda g: shapes[g], reverse=True)
+    found = [torch.zeros(n, dtype=torch.float64) for n in sizes]
+    mine = order[place.rank::place.world]
+    with tqdm(total=sum(sizes[g] for g in mine), desc=label, disable=place.rank > 0 or None) as bar:
+        for batch in batches(shapes, mine, ckpt.options.batch_size, ckpt.model.config.seq_len):
+            with cast:
+                lls = score_batch(ckpt, [(groups[g], shapes[g][0]) for g in batch])
+            for g, one in zip(batch, lls, strict=True):
+                found[g] = one
+                bar.update(len(one))
+    sums = torch.cat(found)
+    if place.world > 1:  # each rank has scored its share, what others scored is 0
+        dist.all_reduce(sums := sums.to(place.device))
+    if not sums.isfinite().all():
+        raise Stop(NUMERICAL, f"{ckpt.folder.name}: a log-likelihood of {label} is not finite; the "
                    "weights are broken: choose another checkpoint")
-    return sums
+    return [one.tolist() for one in sums.cpu().split(sizes)]
 
 
-def encode_pair(ckpt: Checkpoint, context: str, continuation: str) -> tuple[list[int], int]:
+def encode_pair(ckpt: Checkpoint, head: list[int], context: str, continuation: str
+                ) -> tuple[list[int], int]:
     """Context and continuation -> ids, and how many of them are the continuation's.
 
     A continuation encoded alone would begin with a piece that it does not have in the text. So both
-    are encoded and the context's ids cut off, its blanks at the end going to the continuation.
+    are encoded and as many ids cut off as the context's head has, the ids of all but its last
+    blanks: those go to the continuation.
     """
-    tokenizer, stripped = ckpt.tokenizer, context.rstrip()
-    prefix = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
-    front = [prefix] if ckpt.add_bos or not stripped else []  # the first id needs one before it
-    head = front + tokenizer.encode(stripped)
-    whole = front + tokenizer.encode(context + continuation)
+    if not context.strip():  # the first id needs one before it
+        ids = ckpt.tokenizer.encode(context + continuation)
+        return [ckpt.prefix, *ids], len(ids)
+    whole = ckpt.encode(context + continuation)
     return head + whole[len(head):], len(whole) - len(head)
 
 
@@ -216,53 +280,126 @@ def windows(ids: list[int], T: int) -> list[Request]:
             for start, end in zip([1, *ends], ends, strict=False)]
 
 
-# ---- tasks: name, metrics and, for every item, its log-likelihoods -------------------------------
+# ---- scores: metrics and, for every item, its log-likelihoods ------------------------------------
 
-Scores = tuple[str, dict[str, float | int | None], list[list[float]]]
+Scores = tuple[dict[str, float | int | None], list[dict]]
 
 
-def score_choices(ckpt: Checkpoint, task: Task, questions: list[Example]) -> Scores:
-    """acc: how often the right choice is the likeliest; acc_norm: the likeliest per character."""
-    T, requests, truncated, lls = ckpt.model.config.seq_len, [], set(), []
-    for i, one in enumerate(questions):
-        for choice in one.choices:
-            ids, K = encode_pair(ckpt, one.context, f" {choice}")
+def as_items(lls: list[list[float]]) -> list[dict]:
+    return [dict(doc_id=i, lls=one) for i, one in enumerate(lls)]
+
+
+def encode_questions(ckpt: Checkpoint, job: Job) -> tuple[list[list[Request]], int]:
+    """Each question's choices, and how many questions were longer than fits. Raises Stop(DATA)."""
+    task, T, groups, truncated = tasks_of(ckpt.options)[job.name], ckpt.max_length, [], 0
+    for one in job.asked:
+        groups.append(group := [])
+        heads = {context: ckpt.encode(context.rstrip()) for context in one.contexts}
+        for context, choice in zip(one.contexts, one.choices, strict=True):
+            ids, K = encode_pair(ckpt, heads[context], context, f"{task.blank}{choice}")
             if not 0 < K <= T:
-                raise Stop(DATA, f"{task.name}, row {i} of {task.split}.jsonl: a choice has {K} "
-                           f"tokens; the context of this model can score 1 to {T}")
-            if len(ids) > T + 1:  # what is furthest away is lost, BOS too
-                truncated.add(i)
-            requests.append((np.array(ids[-(T + 1):], np.int32), K))
-    sums, hits = iter(score(ckpt, requests, task.name)), {"acc": [], "acc_norm": []}
-    for one in questions:
-        lls.append([next(sums) for _ in one.choices])
-        # Characters are counted without the blank in front; of equals the first is chosen.
-        norm = [ll / len(choice) if choice else -math.inf
-                for ll, choice in zip(lls[-1], one.choices, strict=True)]
-        hits["acc"].append(float(np.argmax(lls[-1]) == one.gold))
-        hits["acc_norm"].append(float(np.argmax(norm) == one.gold))
-    metrics, n = {"truncated": len(truncated)}, len(questions)
-    for name, values in hits.items():
-        metrics[name] = statistics.fmean(values)
-        metrics[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
-    return task.name, metrics, lls
+                raise Stop(DATA, f"{job.name}, row {one.doc_id}{' of ' * bool(one.subject)}"
+                           f"{one.subject} of {task.split}.jsonl: a choice has {K} tokens; the "
+                           f"context of this model can score 1 to {T}")
+            group.append((np.array(ids, np.int32), K))
+        truncated += any(len(ids) > T + 1 for ids, _ in group)
+        # What is furthest away is lost, BOS too. The last id is predicted and never read.
+        group[:] = [(ids[-(T + 1):], K) for ids, K in group]
+    return groups, truncated
 
 
-def score_stretches(ckpt: Checkpoint, task: str, requests: list[Request], n_bytes: int) -> Scores:
-    """The mean over all tokens of stretches of text that stand for n_bytes of UTF-8."""
-    lls, tokens = score(ckpt, requests, task), sum(K for _, K in requests)
-    metrics = dict(nats_per_token=-sum(lls) / tokens, tokens=tokens, bytes=n_bytes,
-                   bits_per_byte=-sum(lls) / math.log(2) / n_bytes)
-    return task, metrics, [[ll] for ll in lls]
+def score_choices(ckpt: Checkpoint, job: Job) -> Scores:
+    """The metrics of a benchmark; `truncated` counts questions that did not fit the context."""
+    task, how = tasks_of(ckpt.options)[job.name], (ckpt.tokenizer.data, ckpt.add_bos,
+                                                   ckpt.max_length)
+    if how not in job.encoded:
+        job.encoded[how] = encode_questions(ckpt, job)
+    groups, truncated = job.encoded[how]
+    lls, metrics = score(ckpt, groups, job.name), {"truncated": truncated}
+    for metric, measure in task.metrics.items():
+        values: dict[str, list[float]] = {}
+        for one, numbers in zip(job.asked, lls, strict=True):
+            values.setdefault(one.subject, []).append(measure(numbers, one))
+        if task.subjects:
+            metrics |= over_subjects(metric, values, ckpt.options.convention == "legacy")
+        else:
+            metrics |= {metric: fmean(values[""]), f"{metric}_stderr": stderr(values[""])}
+    return metrics, [
+        dict(doc_id=one.doc_id) | (dict(subject=one.subject) if one.subject else {})
+        | dict(lls=numbers) for one, numbers in zip(job.asked, lls, strict=True)]
 
 
-def score_text(ckpt: Checkpoint, path: Path) -> Scores:
-    """A file, the whole of it as one document that follows EOS, or BOS where one is put."""
-    data = path.read_bytes()  # read_text() would turn \r\n into \n
-    front = ckpt.tokenizer.bos if ckpt.add_bos else ckpt.tokenizer.eos
-    requests = windows([front, *ckpt.tokenizer.encode(data.decode())], ckpt.model.config.seq_len)
-    # The name without its folder: the output tells nothing of the machine.
-    return score_stretches(ckpt, f"text:{path.name}", requests, len(data))
+def per_token(nats: float, tokens: int, n_bytes: int) -> dict[str, float | int]:
+    return dict(nats_per_token=nats / tokens, tokens=tokens, bytes=n_bytes,
+                bits_per_byte=nats / math.log(2) / n_bytes)
+
+
+def score_texts(ckpt: Checkpoint, job: Job) -> Scores:
+    """Perplexity of whole texts over the words and bytes of what they were made from.
+
+    Each follows BOS, or EOS by legacy and where there is no BOS. The BOS that add_bos puts in front
+    of every text comes after that one and is scored: so does the harness.
+    """
+    texts = map(detokenize, job.asked) if job.name == "wikitext" else job.asked
+    cut = [windows([ckpt.prefix, *ckpt.encode(text)], ckpt.max_length) for text in texts]
+    lls = iter(score(ckpt, [[one] for group in cut for one in group], job.name))
+    sums = [math.fsum(next(lls)[0] for _ in group) for group in cut]
+    nats, words = -math.fsum(sums), sum(len(re.split(r"\s+", text)) for text in job.asked)
+    metrics = per_token(nats, sum(K for group in cut for _, K in group),
+                        sum(len(text.encode()) for text in job.asked))
+    metrics |= dict(byte_perplexity=2 ** metrics["bits_per_byte"], words=words,
+                    word_perplexity=math.exp(nats / words))
+    return metrics, as_items([[ll] for ll in sums])
+
+
+def score_rows(ckpt: Checkpoint, job: Job) -> Scores:
+    """Held-out rows: each id predicted from those before it in its row."""
+    rows = job.asked.astype(np.int32)
+    lls = score(ckpt, [[(row, rows.shape[1] - 1)] for row in rows], job.name)
+    # as predicted: rows begin and end inside documents
+    n_bytes = int(ckpt.tokenizer.piece_bytes()[rows[:, 1:]].sum())
+    nats = -math.fsum(ll for one in lls for ll in one)
+    return per_token(nats, rows[:, 1:].size, n_bytes), as_items(lls)
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+MEASURED = ("metrics", "n", "items")  # the entries of a score that are no setting
+MAIN = ("acc_norm", "acc", "pct_stereotype", "bits_per_byte")  # of a task's metrics, for the curve
+ROUNDING = ("batch_size", "device", "torch")  # settings that change no more than that
+
+
+def shots_of(options: EvaluateOptions) -> dict[str, int]:
+    """Each task that is named -> its solved examples. Raises Stop(USAGE)."""
+    shots, tasks = {}, tasks_of(options)
+    for name in options.tasks.split(","):
+        if name == "leaderboard":
+            if options.num_fewshot is not None:
+                raise Stop(USAGE, "leaderboard has shots of its own; leave out --num_fewshot, or "
+                           "name the tasks")
+            shots |= {k: task.shots for k, task in tasks.items() if task.shots is not None}
+        elif name in tasks:
+            shots[name] = (options.num_fewshot or 0) if tasks[name].pool else 0
+        elif name in ("valid", "wikitext") or name.startswith("text:"):
+            shots[name] = 0
+        else:
+            raise Stop(USAGE, f"unknown task {name!r}; expected some of valid, text:FILE, "
+                       f"leaderboard, wikitext, {', '.join(tasks)}, separated by commas")
+    return shots
+
+
+def checkpoints_of(word: str, every: int) -> list[Path]:
+    """The checkpoints to score, in the order of training. Raises Stop(CHECKPOINT)."""
+    place = Path(word)
+    if (place / "config.json").is_file():
+        return [place]
+    found = sorted((path.parent for path in place.glob("ckpt_*[0-9]/config.json")),
+                   key=lambda path: (len(path.name), path.name))  # ckpt_1000 after ckpt_999
+    if not found:
+        raise Stop(CHECKPOINT, f"no checkpoint at {word}; expected a folder with a config.json, "
+                   "such as out/demo/ckpt_007, or a run's folder with ckpt_000, ckpt_001, ...")
+    return [path for path in found if path == found[-1]
+            or (int(path.name.removeprefix("ckpt_")) + 1) % every == 0]
 
 
 def data_of(folder: Path) -> tuple[Path, dict]:
@@ -280,44 +417,12 @@ def data_of(folder: Path) -> tuple[Path, dict]:
     return data, manifest
 
 
-def score_valid(ckpt: Checkpoint, folder: Path) -> list[Scores]:
-    """Per source that has held-out rows: each id of a row predicted from those before it."""
-    (data, manifest), sizes, scores = data_of(folder), ckpt.tokenizer.piece_bytes(), []
-    for name in (source["name"] for source in manifest["sources"] if source["valid_rows"]):
-        rows = open_rows(data, manifest, valid_name(name))[:ckpt.options.limit].astype(np.int32)
-        requests = [(row, manifest["seq_len"]) for row in rows]
-        n_bytes = int(sizes[rows[:, 1:]].sum())  # as predicted: rows begin and end inside documents
-        scores.append(score_stretches(ckpt, f"valid/{name}", requests, n_bytes))
-    return scores
-
-
-# ---- the whole -----------------------------------------------------------------------------------
-
-def check(word: str, options: EvaluateOptions) -> list[Path]:
-    """All that can be told before the first forward pass -> the checkpoints to score, in order."""
-    place, names = Path(word), options.tasks.split(",")
-    checkpoints = [place] if (place / "config.json").is_file() else sorted(
-        (path.parent for path in place.glob("ckpt_*[0-9]/config.json")),
-        key=lambda path: (len(path.name), path.name))  # ckpt_1000 after ckpt_999
-    if not checkpoints:
-        raise Stop(CHECKPOINT, f"no checkpoint at {word}; expected a folder with a config.json, "
-                   "such as out/demo/ckpt_007, or a run's folder with ckpt_000, ckpt_001, ...")
-    choose_device(options.device)  # stops if it is not there
+def check(checkpoints: list[Path], shots: dict[str, int], options: EvaluateOptions) -> None:
+    """What can be told of options, folders and tokenizers before anything is read. Raises Stop."""
     if options.output and (Path(options.output).is_dir()
                            or not Path(options.output).absolute().parent.is_dir()):
         raise Stop(USAGE, f"--output={options.output} is a folder, or in one that does not exist; "
                    "give a file, such as scores.json")
-    for name in names:
-        if name.startswith("text:"):
-            path = Path(name.removeprefix("text:"))
-            try:
-                if not path.is_file() or not path.read_bytes().decode().strip():
-                    raise Stop(DATA, f"text file {path} is missing or blank; write text:FILE")
-            except UnicodeDecodeError as error:
-                raise Stop(DATA, f"{path} is not UTF-8 ({error}); convert it first") from error
-        elif name not in TASKS and name != "valid":
-            raise Stop(USAGE, f"unknown task {name!r}; expected some of valid, text:FILE, "
-                       f"{', '.join(TASKS)}, separated by commas")
     for folder in checkpoints:
         config, tokenizer = read_config(folder), load_tokenizer(options.tokenizer or folder)
         if options.add_bos and tokenizer.bos is None:
@@ -325,7 +430,10 @@ def check(word: str, options: EvaluateOptions) -> list[Path]:
         if tokenizer.vocab_size > config.vocab_size:
             raise Stop(DATA, f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model "
                        f"{config.vocab_size}; give the model's own by --tokenizer=FILE")
-        if "valid" not in names:
+        if (options.max_length or 1) > config.seq_len:
+            raise Stop(USAGE, f"--max_length={options.max_length}, but the context of {folder} is "
+                       f"{config.seq_len}; give no more")
+        if "valid" not in shots:
             continue
         data, manifest = data_of(folder)
         if tokenizer.spec()["sha256"] != manifest["tokenizer"]["sha256"]:
@@ -333,57 +441,157 @@ def check(word: str, options: EvaluateOptions) -> list[Path]:
                        "run's own by --tokenizer=FILE")
         if not any(source["valid_rows"] for source in manifest["sources"]):
             raise Stop(DATA, f"{data} has no held-out rows; prepare it with --valid_rows=128")
-    return checkpoints
 
 
-def score_checkpoint(folder: Path, options: EvaluateOptions,
-                     questions: dict[str, list[Example]]) -> list[dict]:
-    """An entry for each task; the checkpoint's memory is free again when this returns."""
-    device = choose_device(options.device)
-    model = Transformer.from_pretrained(folder, device).eval()
-    tokenizer = load_tokenizer(options.tokenizer or folder)
-    add_bos = tokenizer.add_bos if options.add_bos is None else options.add_bos
-    ckpt = Checkpoint(folder.resolve().name, model, tokenizer, add_bos, options)
-    settings = dict(
-        checkpoint=ckpt.name, checkpoint_hash=checkpoint_hash(folder), device=device.type,
-        tokenizer_sha256=tokenizer.spec()["sha256"], max_length=model.config.seq_len,
-        dtype=options.dtype, batch_size=options.batch_size, torch=torch.__version__)
-    scores: list[Scores] = []
-    for name in options.tasks.split(","):
+def read_jobs(shots: dict[str, int], folder: Path, options: EvaluateOptions) -> Iterator[Job]:
+    """All that is asked, which is the same for each checkpoint of a run. Raises Stop(DATA)."""
+    for name, n in shots.items():
         if name == "valid":
-            scores += score_valid(ckpt, folder)
-        elif name in TASKS:
-            scores.append(score_choices(ckpt, TASKS[name], questions[name]))
+            data, manifest = data_of(folder)
+            for one in (source["name"] for source in manifest["sources"] if source["valid_rows"]):
+                yield Job(f"valid/{one}", 0, {data.name: manifest["data_hash"]},
+                          open_rows(data, manifest, valid_name(one))[:options.limit])
+        elif name.startswith("text:"):  # its name without folder: a result tells of no machine
+            path = Path(name.removeprefix("text:"))
+            text = read_text(path)
+            yield Job(f"text:{path.name}", 0, {path.name: sha256_file(path)}, [text])
+        elif name == "wikitext":
+            path = Path(options.data_dir) / "wikitext" / "test.jsonl"
+            pages = read_pages(path)[:options.limit]
+            yield Job(name, 0, {path.name: sha256_file(path)}, pages)
         else:
-            scores.append(score_text(ckpt, Path(name.removeprefix("text:"))))
-    return [dict(task=task, num_fewshot=options.num_fewshot if task in TASKS else 0,
-                 limit=options.limit, add_bos=add_bos, metrics=metrics, settings=settings,
-                 items=[dict(doc_id=i, lls=one) for i, one in enumerate(lls)])
-            for task, metrics, lls in scores]
+            task = tasks_of(options)[name]
+            splits = [task.split, *([options.fewshot_split or task.pool] if n else [])]
+            hashes = {f"{split}.jsonl": sha256_file(rows_path(options, name, split))
+                      for split in splits}
+            yield Job(name, n, hashes, read_questions(options, name, n))
 
 
-def show(one: dict) -> None:
-    for name, value in one["metrics"].items():
-        if not name.endswith("_stderr"):
-            stderr = one["metrics"].get(f"{name}_stderr")
-            print(f"{one['settings']['checkpoint']:<12} {one['task']:<20} {len(one['items']):>6} "
+def meet(options: EvaluateOptions) -> Place:
+    """Alone, or under torchrun, where each rank scores its share of the questions."""
+    rank, local, world = read_ranks()
+    device = device_of(options.device, local)
+    if world > 1:
+        join(device, rank, world, PATIENCE)
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    return Place(rank, world, device, dtype, compile=False)
+
+
+def entries_of(folder: Path, jobs: list[Job], options: EvaluateOptions, place: Place) -> list[dict]:
+    """What is known of each score before it is measured; metrics, n and items are still empty."""
+    config, tokenizer = read_config(folder), load_tokenizer(options.tokenizer or folder)
+    add_bos = tokenizer.add_bos and options.convention == "current"
+    settings = dict(
+        checkpoint=folder.resolve().name, checkpoint_hash=checkpoint_hash(folder),
+        tokenizer_sha256=tokenizer.spec()["sha256"], convention=options.convention,
+        fewshot_split=options.fewshot_split, max_length=options.max_length or config.seq_len,
+        dtype=options.dtype, batch_size=options.batch_size, device=place.device.type,
+        torch=torch.__version__)
+    return [dict(task=job.name, num_fewshot=job.shots, limit=options.limit,
+                 add_bos=add_bos if options.add_bos is None else options.add_bos, metrics={}, n=0,
+                 items=[], settings=settings | dict(data=job.data)) for job in jobs]
+
+
+def identity(entry: dict) -> dict:
+    """What makes two entries the same score: all but what was measured and what only rounds."""
+    settings = {k: v for k, v in entry["settings"].items() if k not in ROUNDING}
+    return {k: v for k, v in entry.items() if k not in MEASURED} | dict(settings=settings)
+
+
+def score_checkpoint(folder: Path, jobs: list[Job], entries: list[dict], options: EvaluateOptions,
+                     place: Place) -> Iterator[dict]:
+    """Fill the entries, one for each job; the checkpoint's memory is free again at the end."""
+    model = Transformer.from_pretrained(folder, place.device).eval()
+    tokenizer = load_tokenizer(options.tokenizer or folder)
+    for job, entry in zip(jobs, entries, strict=True):
+        ckpt = Checkpoint(folder, model, tokenizer, entry["add_bos"],
+                          entry["settings"]["max_length"], options, place)
+        measure = (score_choices if job.name in TASKS else
+                   score_rows if job.name.startswith("valid/") else score_texts)
+        metrics, items = measure(ckpt, job)
+        yield entry | dict(metrics=metrics, n=len(items), items=items)
+
+
+def show(entry: dict) -> None:
+    for name, value in entry["metrics"].items():
+        if not name.endswith("_stderr") and "/" not in name:  # subjects: in the json
+            stderr = entry["metrics"].get(f"{name}_stderr")
+            print(f"{entry['settings']['checkpoint']:<12} {entry['task']:<20} {entry['n']:>6} "
                   f"{name:<15} {value:>{'12,' if isinstance(value, int) else '12.4f'}}"
-                  + (f" {stderr:>8.4f}" if stderr is not None else ""))
+                  + (f" {stderr:>8.4f}" if stderr is not None else ""), flush=True)
+
+
+def show_curve(entries: list[dict]) -> None:
+    """A line for each checkpoint, a column for each task."""
+    lines: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        metric = next(name for name in MAIN if name in entry["metrics"])
+        line = lines.setdefault(entry["settings"]["checkpoint"], {})
+        line[f"{entry['task']} {metric}"] = f"{entry['metrics'][metric]:.4f}"
+    print("\n" + " ".join(["checkpoint  ", *next(iter(lines.values()))]))
+    for name, line in lines.items():
+        print(f"{name:<12} " + " ".join(f"{value:>{len(k)}}" for k, value in line.items()))
+
+
+def read_log(log: Path) -> list[dict]:
+    """The lines of an evals.jsonl, but for one that a kill cut short. Raises Stop(CHECKPOINT)."""
+    mend(log)
+    try:
+        done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        [identity(one) for one in done]  # raises
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Stop(CHECKPOINT, f"{log} has a line that is no score ({error!r}); move the file away "
+                   "to score all again") from error
+    return done
+
+
+def score_all(checkpoints: list[Path], jobs: list[Job], options: EvaluateOptions, place: Place,
+              log: Path | None) -> list[dict]:
+    """All entries, in order; those that the log has are taken from there, the others put there."""
+    done, entries = read_log(log) if log and not place.rank else [], []
+    for folder in checkpoints:
+        new = entries_of(folder, jobs, options, place)
+        known = [next((line for line in done if identity(line) == identity(one)), None)
+                 for one in new]
+        todo = torch.tensor([one is None or bool(options.output) for one in known])
+        if place.world > 1:  # what rank 0 has read counts
+            dist.broadcast(todo := todo.to(place.device), 0)
+        todo = todo.tolist()
+        scores = score_checkpoint(folder, [*itertools.compress(jobs, todo)],
+                                  [*itertools.compress(new, todo)], options, place)
+        for is_new, one in zip(todo, known, strict=True):
+            entries.append(entry := next(scores) if is_new else one)
+            if place.rank:
+                continue
+            if log and one is None:
+                append(log, [{k: v for k, v in entry.items() if k != "items"}])
+            show(entry)
+        if options.output and not place.rank:  # what a killed one has scored is not lost
+            write_atomic(Path(options.output), json.dumps({"runs": entries}) + "\n")
+    return entries
 
 
 def main(argv: list[str]) -> None:
     word, options = load_options(argv, EvaluateOptions, "a checkpoint or a run, such as "
                                  "out/demo/ckpt_007 or out/demo")
-    checkpoints, entries = check(word, options), []
-    questions = {name: read_questions(options, TASKS[name])
-                 for name in options.tasks.split(",") if name in TASKS}
-    print(f"{'checkpoint':<12} {'task':<20}  items {'metric':<15} {'value':>12}   stderr")
-    for folder in checkpoints:
-        entries += (new := score_checkpoint(folder, options, questions))
-        for one in new:
-            show(one)
-        if options.output:  # after each checkpoint: what a killed run has is not lost
-            write_atomic(Path(options.output), json.dumps({"runs": entries}) + "\n")
+    shots, checkpoints = shots_of(options), checkpoints_of(word, options.every)
+    place = meet(options)
+    if options.fetch and not place.rank:
+        fetch_benchmarks([tasks_of(options)[name].folder or name if name in TASKS else name
+                          for name in shots], Path(options.data_dir))
+    if place.world > 1:
+        dist.barrier()
+    check(checkpoints, shots, options)
+    jobs = [*read_jobs(shots, checkpoints[0], options)]
+    log = None if checkpoints == [Path(word)] else Path(word) / "evals.jsonl"
+    with locked(log) if log and not place.rank else nullcontext():
+        if not place.rank:
+            print(f"{'checkpoint':<12} {'task':<20}  items {'metric':<15} {'value':>12}   stderr")
+        entries = score_all(checkpoints, jobs, options, place, log)
+    if log and not place.rank:
+        show_curve(entries)
+    if place.world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

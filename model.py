@@ -361,10 +361,11 @@ class Transformer(nn.Module):
 
     # ---- text ------------------------------------------------------------------------------------
 
-    def new_cache(self, B: int, dtype: torch.dtype) -> Cache:
-        """An empty cache for B sequences: 2 L C_kv numbers a token, allocated once."""
+    def new_cache(self, B: int, dtype: torch.dtype, length: int | None = None) -> Cache:
+        """An empty cache for B sequences of this length, by default the context: 2 L C_kv numbers
+        a token, allocated once."""
         c = self.config
-        shape = (B, c.n_kv_head or c.n_head, c.seq_len, c.n_embd // c.n_head)
+        shape = (B, c.n_kv_head or c.n_head, length or c.seq_len, c.n_embd // c.n_head)
         return [(torch.zeros(shape, dtype=dtype, device=self.cos.device),
                  torch.zeros(shape, dtype=dtype, device=self.cos.device))
                 for _ in range(c.n_layer)]

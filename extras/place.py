@@ -98,17 +98,26 @@ def read_ranks() -> tuple[int, int, int]:
     return rank, local, world
 
 
+def device_of(wanted: str, local: int) -> torch.device:
+    """The device of a process, the local-th of its machine. Raises Stop(ENVIRONMENT)."""
+    device = choose_device(wanted)
+    if device.type != "cuda":
+        return device
+    if local >= torch.cuda.device_count():
+        raise Stop(ENVIRONMENT, f"LOCAL_RANK={local}, but there are {torch.cuda.device_count()} "
+                   "GPUs here: give torchrun --nproc_per_node as many")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
 def choose_place(config: Config) -> Place:
     """Device, type and layout by what is there; under torchrun, the process group and mesh too.
 
     Raises Stop: USAGE for a layout that cannot be, ENVIRONMENT for what this machine lacks.
     """
     want, (rank, local, world) = config.train, read_ranks()
-    kind = choose_device(want.device).type
-    if kind == "cuda" and local >= torch.cuda.device_count():
-        raise Stop(ENVIRONMENT, f"LOCAL_RANK={local}, but there are {torch.cuda.device_count()} "
-                   "GPUs here: give torchrun --nproc_per_node as many")
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    device = device_of(want.device, local)
+    kind = device.type
     # bfloat16 pays where the matrix units know it; torch names the CPU's only by these two
     fast = {"cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
             "cuda": kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -121,7 +130,6 @@ def choose_place(config: Config) -> Place:
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     per_node, memory = int(here) if here.isdecimal() else world, 0  # a CPU's is nobody's own
     if kind == "cuda":
-        torch.cuda.set_device(device)
         memory = torch.cuda.mem_get_info(device)[1]
     choose_layout(config, world, per_node, None, bf16, compiled)  # errors come before a meeting
     # The watch of train.py speaks first, with rank and step; this is for what it cannot end.

@@ -1,7 +1,8 @@
-"""How fast, and how large: generation against transformers', tokenizing, the drawing of a 7B's
-weights, and what train.py's saves and 10,000 steps cost.
+"""How fast, and how large: generation against transformers', scoring against the reference harness,
+tokenizing, the drawing of a 7B's weights, and what train.py's saves and 10,000 steps cost.
 
     python tests/bench.py sample          # generation against transformers' generate
+    python tests/bench.py score           # 40 questions of 4 choices against lm_eval's model
     python tests/bench.py tokenize        # text to rows, against the way of amber-data-prep
     python tests/bench.py long            # one huge document, against sentencepiece alone
     python tests/bench.py init            # seconds of one core to draw the weights of a 7B
@@ -9,13 +10,14 @@ weights, and what train.py's saves and 10,000 steps cost.
     python tests/bench.py memory          # train.py from step 1,000 to 10,000, saved each 100
 
 All but init and memory run all programs in one process, on the same input, in turn, so that a busy
-machine slows all, and compare medians; --pairs=N takes N of each. The first two need transformers.
-Leaves nothing behind.
+machine slows all, and compare medians; --pairs=N takes N of each. The first three need
+transformers, score lm_eval too. Leaves nothing behind.
 """
 
 import contextlib
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -33,6 +35,8 @@ sys.path.insert(0, str(REPO))
 
 import torch  # noqa: E402
 
+import evaluate  # noqa: E402
+import harness  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from configs import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
@@ -93,6 +97,62 @@ def sample(pairs: int) -> None:
         print(f"{V:>6} {B:>5} {str(dtype).removeprefix('torch.'):>9} "
               f"{statistics.median(ours):>11,.0f} {statistics.median(theirs):>8,.0f} "
               f"{ratio:>6.2f}{wanted}", flush=True)
+
+
+def score_rows(n: int) -> list[dict]:
+    """Rows of HellaSwag's form: some 75 tokens of context and 25 of each ending, give or take."""
+    rng = random.Random(0)
+    return [dict(activity_label="Tea", ctx_a=harness.sentence(rng, rng.randint(42, 78)), ctx_b="",
+                 endings=[harness.sentence(rng, rng.randint(13, 28)) for _ in range(4)], label=0)
+            for _ in range(n)]
+
+
+def score(pairs: int) -> None:
+    """Questions in, log-likelihoods out, both with what reads text into ids."""
+    from lm_eval.api.instance import Instance
+    lm_eval = harness.import_harness()
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "hellaswag", "validation.jsonl")
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(row) + "\n" for row in score_rows(40)))
+        tokenizer = load_tokenizer(tokenizer_of_32000(Path(name)))
+        folder = harness.save_llama(Path(name, "llama"), tokenizer, False, ModelConfig(
+            n_layer=6, n_head=6, n_embd=384, n_inner=1024, vocab_size=32032, seq_len=512))
+        options = evaluate.EvaluateOptions(tasks="hellaswag", data_dir=name)
+        asked = evaluate.read_questions(options, "hellaswag", 0)
+        theirs = harness.harness_model(lm_eval, folder, 1)
+        ours = Transformer.from_pretrained(folder).eval()
+    requests = [Instance("loglikelihood", {}, (context, f" {choice}"), i) for i, one in
+                enumerate(asked) for context, choice in zip(one.contexts, one.choices, strict=True)]
+    place = evaluate.Place(0, 1, torch.device("cpu"), torch.float32, compile=False)
+    n_ids = [len(tokenizer.encode("".join(one.args))) for one in requests]
+
+    def us(B: int) -> list[float]:
+        job = evaluate.Job("hellaswag", 0, {}, asked)  # a new one has nothing encoded
+        ckpt = evaluate.Checkpoint(folder, ours, tokenizer, False, 512,
+                                   evaluate.replace(options, batch_size=B), place)
+        return [ll for item in evaluate.score_choices(ckpt, job)[1]
+                for ll in item["lls"]]
+
+    def them(B: int) -> list[float]:
+        theirs.batch_size_per_gpu = B
+        return [ll for ll, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
+
+    ways = {("ours", options.batch_size): us} | {("lm_eval", B): them for B in (4, 8, 16, 32)}
+    first, *others = [torch.tensor(work(B)) for (_, B), work in ways.items()]  # and all are warm
+    worst = max((first - one).abs().max().item() for one in others)
+    rates = {way: [] for way in ways}
+    for _ in range(pairs):
+        for way, work in ways.items():
+            rates[way].append(len(requests) / seconds(lambda work=work, way=way: work(way[1])))
+    print(f"40 questions x 4 choices, {sum(n_ids) / len(n_ids):.0f} tokens each with its context, "
+          f"vocabulary 32032, d 384, 6 layers, {torch.get_num_threads()} threads, median of "
+          f"{pairs} alternating runs; largest difference {worst:.1e} nats")
+    ours_is, *theirs_are = [statistics.median(rate) for rate in rates.values()]
+    for (who, B), rate in zip(ways, (ours_is, *theirs_are), strict=True):
+        print(f"{who:<8} batch size {B:>2}: {rate:6.1f} requests/s")
+    print(f"ours at its default / lm_eval at its best: {ours_is / max(theirs_are):.2f} "
+          "(at least 2.7 wanted)")
 
 
 def library(size: int) -> list[str]:
@@ -340,7 +400,7 @@ def memory(pairs: int) -> None:
 
 def main(argv: list[str]) -> None:
     works = {"sample": sample, "tokenize": tokenize, "long": long, "init": init, "saving": saving,
-             "memory": memory}
+             "memory": memory, "score": score}
     pairs = re.fullmatch("--pairs=([1-9][0-9]*)", argv[1] if len(argv) == 2 else "--pairs=5")
     if len(argv) not in (1, 2) or argv[0] not in works or not pairs:
         raise Stop(USAGE, f"expected one of {', '.join(works)} and, if you like, --pairs=N")
