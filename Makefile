@@ -48,6 +48,7 @@ mup: .venv/dev
 # The last three: every visit of the demo trained again, with a chunk that fails once and is put off.
 proofs: mup demo
 	$(RUN) tests/bench.py sample
+	$(RUN) tests/bench.py score
 	$(RUN) tests/bench.py init
 	$(RUN) tests/bench.py tokenize
 	$(RUN) tests/bench.py long
@@ -56,7 +57,9 @@ proofs: mup demo
 	$(RUN) tests/soak_prepare.py --kills=30
 	$(RUN) tests/soak_kill.py --kills=100
 	$(RUN) tests/soak_rank.py --kills=10
+	$(RUN) tests/soak_score.py --kills=20
 	$(RUN) tests/parity.py
+	$(RUN) tests/harness.py
 	$(RUN) analyze.py replay out/demo
 	$(RUN) tests/fault.py --chunk=2 --once -- configs/demo.py --run=demo_late --on_nonfinite=defer
 	$(RUN) analyze.py replay out/demo_late

@@ -38,13 +38,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs import (CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sha256_file,
-                     write_atomic)
+from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, Stop, key, load_options, run,
+                     sha256_file, write_atomic)
 from extras.benchmarks import fetch_benchmarks
+from extras.checkpoints import checkpoints_of
 from extras.hf_folders import checkpoint_hash, read_config
 from extras.locks import locked
-from extras.place import Place, device_of, join, read_ranks
-from extras.records import append, mend
+from extras.place import Place, device_of, join, lacks_memory, lost, read_ranks
+from extras.records import append, mend, trained_on
 from extras.tasks import (LEGACY, TASKS, Example, Task, detokenize, draw, over_subjects,
                           read_examples, read_pages, read_text, stderr)
 from extras.tokenizers import Tokenizer, load_tokenizer
@@ -80,7 +81,7 @@ class EvaluateOptions:
                              "scored for it, whatever evals.jsonl has", None)
     tokenizer: str | None = key("tokenizer file; none: the one in the checkpoint's folder", None)
     device: Literal["auto", "cpu", "cuda", "mps"] = key("where to compute", "auto")
-    dtype: Literal["float32", "bfloat16"] = key("type of the matrix products", "float32")
+    dtype: Literal["float32", "bfloat16"] = key("type of the weights in memory", "float32")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Job:
 # ---- rows -> questions ---------------------------------------------------------------------------
 
 def tasks_of(options: EvaluateOptions) -> dict[str, Task]:
-    return LEGACY if options.convention == "legacy" else TASKS
+    return TASKS | LEGACY if options.convention == "legacy" else TASKS
 
 
 def rows_path(options: EvaluateOptions, name: str, split: str) -> Path:
@@ -231,7 +232,6 @@ def score_batch(ckpt: Checkpoint, batch: list[tuple[list[Request], int]]) -> Ite
 def score(ckpt: Checkpoint, groups: list[list[Request]], label: str) -> list[list[float]]:
     """The log-likelihood of each request's last K ids, summed, in nats. Raises Stop(NUMERICAL)."""
     place, sizes = ckpt.place, [len(group) for group in groups]
-    cast = torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32)
     shapes = [(n, max(len(ids) for ids, _ in group) - 1 - n)
               for group in groups for n in [in_common(group)]]
     # Neighbours of one length need little padding; the longest first, so that want of memory shows.
@@ -240,8 +240,7 @@ def score(ckpt: Checkpoint, groups: list[list[Request]], label: str) -> list[lis
     mine = order[place.rank::place.world]
     with tqdm(total=sum(sizes[g] for g in mine), desc=label, disable=place.rank > 0 or None) as bar:
         for batch in batches(shapes, mine, ckpt.options.batch_size, ckpt.model.config.seq_len):
-            with cast:
-                lls = score_batch(ckpt, [(groups[g], shapes[g][0]) for g in batch])
+            lls = score_batch(ckpt, [(groups[g], shapes[g][0]) for g in batch])
             for g, one in zip(batch, lls, strict=True):
                 found[g] = one
                 bar.update(len(one))
@@ -283,10 +282,6 @@ def windows(ids: list[int], T: int) -> list[Request]:
 # ---- scores: metrics and, for every item, its log-likelihoods ------------------------------------
 
 Scores = tuple[dict[str, float | int | None], list[dict]]
-
-
-def as_items(lls: list[list[float]]) -> list[dict]:
-    return [dict(doc_id=i, lls=one) for i, one in enumerate(lls)]
 
 
 def encode_questions(ckpt: Checkpoint, job: Job) -> tuple[list[list[Request]], int]:
@@ -347,19 +342,20 @@ def score_texts(ckpt: Checkpoint, job: Job) -> Scores:
     nats, words = -math.fsum(sums), sum(len(re.split(r"\s+", text)) for text in job.asked)
     metrics = per_token(nats, sum(K for group in cut for _, K in group),
                         sum(len(text.encode()) for text in job.asked))
-    metrics |= dict(byte_perplexity=2 ** metrics["bits_per_byte"], words=words,
-                    word_perplexity=math.exp(nats / words))
-    return metrics, as_items([[ll] for ll in sums])
+    metrics |= dict(byte_perplexity=2 ** metrics["bits_per_byte"], words=words)
+    if nats / words < 709:  # of a text with few blanks, such as Chinese, it is more than a float
+        metrics["word_perplexity"] = math.exp(nats / words)
+    return metrics, [dict(doc_id=i, lls=[ll]) for i, ll in enumerate(sums)]
 
 
 def score_rows(ckpt: Checkpoint, job: Job) -> Scores:
     """Held-out rows: each id predicted from those before it in its row."""
     rows = job.asked.astype(np.int32)
     lls = score(ckpt, [[(row, rows.shape[1] - 1)] for row in rows], job.name)
-    # as predicted: rows begin and end inside documents
-    n_bytes = int(ckpt.tokenizer.piece_bytes()[rows[:, 1:]].sum())
+    n_bytes = int(ckpt.tokenizer.piece_bytes()[rows[:, 1:]].sum())  # documents may be cut here
     nats = -math.fsum(ll for one in lls for ll in one)
-    return per_token(nats, rows[:, 1:].size, n_bytes), as_items(lls)
+    return (per_token(nats, rows[:, 1:].size, n_bytes),
+            [dict(doc_id=i, lls=one) for i, one in enumerate(lls)])
 
 
 # ---- the whole -----------------------------------------------------------------------------------
@@ -381,6 +377,9 @@ def shots_of(options: EvaluateOptions) -> dict[str, int]:
         elif name in tasks:
             shots[name] = (options.num_fewshot or 0) if tasks[name].pool else 0
         elif name in ("valid", "wikitext") or name.startswith("text:"):
+            if any(Path(one).name == Path(name).name for one in shots if one.startswith("text:")):
+                raise Stop(USAGE, f"a second text is called {Path(name).name}; rename it: results "
+                           "have the name alone")
             shots[name] = 0
         else:
             raise Stop(USAGE, f"unknown task {name!r}; expected some of valid, text:FILE, "
@@ -388,30 +387,21 @@ def shots_of(options: EvaluateOptions) -> dict[str, int]:
     return shots
 
 
-def checkpoints_of(word: str, every: int) -> list[Path]:
+def chosen(folder: Path, every: int) -> list[Path]:
     """The checkpoints to score, in the order of training. Raises Stop(CHECKPOINT)."""
-    place = Path(word)
-    if (place / "config.json").is_file():
-        return [place]
-    found = sorted((path.parent for path in place.glob("ckpt_*[0-9]/config.json")),
-                   key=lambda path: (len(path.name), path.name))  # ckpt_1000 after ckpt_999
+    if (folder / "config.json").is_file():
+        return [folder]
+    found = {v: path for v, path in checkpoints_of(folder).items()
+             if (path / "config.json").is_file()}
     if not found:
-        raise Stop(CHECKPOINT, f"no checkpoint at {word}; expected a folder with a config.json, "
+        raise Stop(CHECKPOINT, f"no checkpoint at {folder}; expected a folder with a config.json, "
                    "such as out/demo/ckpt_007, or a run's folder with ckpt_000, ckpt_001, ...")
-    return [path for path in found if path == found[-1]
-            or (int(path.name.removeprefix("ckpt_")) + 1) % every == 0]
+    return [path for v, path in found.items() if (v + 1) % every == 0 or v == max(found)]
 
 
 def data_of(folder: Path) -> tuple[Path, dict]:
-    """The data set a checkpoint was trained on and its manifest, by the run.json beside it."""
-    path = folder.resolve().parent / "run.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        data, data_hash = Path("data", content["config"]["data"]["dataset"]), content["data_hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Stop(DATA, f"no run.json that names a data set beside {folder} ({error!r}): `valid` "
-                   "scores the held-out rows of a run's own data; give a checkpoint in out/<run>/"
-                   ) from error
+    """The data set a checkpoint was trained on, and its manifest. Raises Stop(DATA)."""
+    data, data_hash = trained_on(folder)
     if (manifest := read_manifest(data))["data_hash"] != data_hash:
         raise Stop(DATA, f"{data} is not what {folder} was trained on; prepare that again")
     return data, manifest
@@ -460,11 +450,10 @@ def read_jobs(shots: dict[str, int], folder: Path, options: EvaluateOptions) -> 
             pages = read_pages(path)[:options.limit]
             yield Job(name, 0, {path.name: sha256_file(path)}, pages)
         else:
-            task = tasks_of(options)[name]
+            task, questions = tasks_of(options)[name], read_questions(options, name, n)
             splits = [task.split, *([options.fewshot_split or task.pool] if n else [])]
-            hashes = {f"{split}.jsonl": sha256_file(rows_path(options, name, split))
-                      for split in splits}
-            yield Job(name, n, hashes, read_questions(options, name, n))
+            yield Job(name, n, {f"{split}.jsonl": sha256_file(rows_path(options, name, split))
+                                for split in splits}, questions)
 
 
 def meet(options: EvaluateOptions) -> Place:
@@ -482,14 +471,16 @@ def entries_of(folder: Path, jobs: list[Job], options: EvaluateOptions, place: P
     config, tokenizer = read_config(folder), load_tokenizer(options.tokenizer or folder)
     add_bos = tokenizer.add_bos and options.convention == "current"
     settings = dict(
-        checkpoint=folder.resolve().name, checkpoint_hash=checkpoint_hash(folder),
+        checkpoint=folder.resolve().name,
+        checkpoint_hash=None if place.rank else checkpoint_hash(folder),  # rank 0 writes results
         tokenizer_sha256=tokenizer.spec()["sha256"], convention=options.convention,
-        fewshot_split=options.fewshot_split, max_length=options.max_length or config.seq_len,
-        dtype=options.dtype, batch_size=options.batch_size, device=place.device.type,
-        torch=torch.__version__)
+        max_length=options.max_length or config.seq_len, dtype=options.dtype,
+        batch_size=options.batch_size, device=place.device.type, torch=torch.__version__)
     return [dict(task=job.name, num_fewshot=job.shots, limit=options.limit,
                  add_bos=add_bos if options.add_bos is None else options.add_bos, metrics={}, n=0,
-                 items=[], settings=settings | dict(data=job.data)) for job in jobs]
+                 items=[], settings=settings | dict(
+                     fewshot_split=options.fewshot_split if job.shots else None, data=job.data))
+            for job in jobs]
 
 
 def identity(entry: dict) -> dict:
@@ -501,7 +492,7 @@ def identity(entry: dict) -> dict:
 def score_checkpoint(folder: Path, jobs: list[Job], entries: list[dict], options: EvaluateOptions,
                      place: Place) -> Iterator[dict]:
     """Fill the entries, one for each job; the checkpoint's memory is free again at the end."""
-    model = Transformer.from_pretrained(folder, place.device).eval()
+    model = Transformer.from_pretrained(folder, place.device, place.dtype).eval()
     tokenizer = load_tokenizer(options.tokenizer or folder)
     for job, entry in zip(jobs, entries, strict=True):
         ckpt = Checkpoint(folder, model, tokenizer, entry["add_bos"],
@@ -516,9 +507,11 @@ def show(entry: dict) -> None:
     for name, value in entry["metrics"].items():
         if not name.endswith("_stderr") and "/" not in name:  # subjects: in the json
             stderr = entry["metrics"].get(f"{name}_stderr")
-            print(f"{entry['settings']['checkpoint']:<12} {entry['task']:<20} {entry['n']:>6} "
-                  f"{name:<15} {value:>{'12,' if isinstance(value, int) else '12.4f'}}"
-                  + (f" {stderr:>8.4f}" if stderr is not None else ""), flush=True)
+            number = f"{value:>{'12,' if isinstance(value, int) else '12.4f'}}" + (
+                f" {stderr:>8.4f}" if stderr is not None else "")
+            print(f"{entry['settings']['checkpoint']:<12} {entry['task']:<20} "
+                  f"{entry['num_fewshot']:>5} {'yes' if entry['add_bos'] else 'no':>3} "
+                  f"{entry['n']:>6} {name:<15} {number}", flush=True)
 
 
 def show_curve(entries: list[dict]) -> None:
@@ -535,10 +528,10 @@ def show_curve(entries: list[dict]) -> None:
 
 def read_log(log: Path) -> list[dict]:
     """The lines of an evals.jsonl, but for one that a kill cut short. Raises Stop(CHECKPOINT)."""
-    mend(log)
     try:
+        mend(log)
         done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        [identity(one) for one in done]  # raises
+        [(identity(one), one["metrics"], one["n"]) for one in done]  # raises
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Stop(CHECKPOINT, f"{log} has a line that is no score ({error!r}); move the file away "
                    "to score all again") from error
@@ -546,9 +539,12 @@ def read_log(log: Path) -> list[dict]:
 
 
 def score_all(checkpoints: list[Path], jobs: list[Job], options: EvaluateOptions, place: Place,
-              log: Path | None) -> list[dict]:
-    """All entries, in order; those that the log has are taken from there, the others put there."""
+              log: Path | None) -> None:
+    """Show all entries, in order; those that the log has come from there, the others go there."""
     done, entries = read_log(log) if log and not place.rank else [], []
+    if not place.rank:
+        print(f"{'checkpoint':<12} {'task':<20} shots BOS  items {'metric':<15} {'value':>12}   "
+              "stderr")
     for folder in checkpoints:
         new = entries_of(folder, jobs, options, place)
         known = [next((line for line in done if identity(line) == identity(one)), None)
@@ -568,28 +564,34 @@ def score_all(checkpoints: list[Path], jobs: list[Job], options: EvaluateOptions
             show(entry)
         if options.output and not place.rank:  # what a killed one has scored is not lost
             write_atomic(Path(options.output), json.dumps({"runs": entries}) + "\n")
-    return entries
+    if log and not place.rank:
+        show_curve(entries)
 
 
 def main(argv: list[str]) -> None:
     word, options = load_options(argv, EvaluateOptions, "a checkpoint or a run, such as "
                                  "out/demo/ckpt_007 or out/demo")
-    shots, checkpoints = shots_of(options), checkpoints_of(word, options.every)
+    shots, checkpoints = shots_of(options), chosen(Path(word), options.every)
     place = meet(options)
-    if options.fetch and not place.rank:
-        fetch_benchmarks([tasks_of(options)[name].folder or name if name in TASKS else name
-                          for name in shots], Path(options.data_dir))
-    if place.world > 1:
-        dist.barrier()
-    check(checkpoints, shots, options)
-    jobs = [*read_jobs(shots, checkpoints[0], options)]
-    log = None if checkpoints == [Path(word)] else Path(word) / "evals.jsonl"
-    with locked(log) if log and not place.rank else nullcontext():
-        if not place.rank:
-            print(f"{'checkpoint':<12} {'task':<20}  items {'metric':<15} {'value':>12}   stderr")
-        entries = score_all(checkpoints, jobs, options, place, log)
-    if log and not place.rank:
-        show_curve(entries)
+    try:
+        if options.fetch and not place.rank:
+            with locked(Path(options.data_dir)):
+                fetch_benchmarks([tasks_of(options)[name].folder or name if name in TASKS else name
+                                  for name in shots], Path(options.data_dir))
+        if place.world > 1:
+            dist.barrier()
+        check(checkpoints, shots, options)
+        jobs = [*read_jobs(shots, checkpoints[0], options)]
+        log = None if checkpoints == [Path(word)] else Path(word) / "evals.jsonl"
+        with locked(log) if log and not place.rank else nullcontext():
+            score_all(checkpoints, jobs, options, place, log)
+    except RuntimeError as error:
+        if lacks_memory(error):
+            raise Stop(ENVIRONMENT, f"out of memory at --batch_size={options.batch_size}; give a "
+                       "smaller one, or --dtype=bfloat16") from error
+        if said := lost(error, place, "", ""):
+            raise said from error
+        raise
     if place.world > 1:
         dist.destroy_process_group()
 

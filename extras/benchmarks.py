@@ -10,20 +10,27 @@ network. Archives are read, never unpacked, so no path in them matters.
 """
 
 import csv
-import fnmatch
+import hashlib
 import io
 import json
+import lzma
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from configs import DATA, Stop, say, sha256_file, write_atomic
 from extras.fetch import ask, fetch
 
 LIMIT = 2**30  # bytes of an archive's member: an archive may say that it is larger than any disk
-Files = list[tuple[str, str]]  # name and text, by name
+Files = list[tuple[str, str]]  # name and text, in the order of the archive
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, tarfile.TarError,
+           zlib.error, lzma.LZMAError, struct.error)  # what reading a broken archive may raise
+ODD = (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)  # its rows
 
 
 # ---- files as they were published -> rows as the hub has them ------------------------------------
@@ -58,12 +65,12 @@ def flat_choices(files: Files) -> Iterator[dict]:
 
 
 def mmlu_tables(files: Files) -> Iterator[dict]:
-    """A table without header for each subject, which its name says."""
-    for name, text in files:
+    """A table without header for each subject, which its name says; by subject, as on the hub."""
+    for name, text in sorted(files):
         subject = name.rpartition("/")[2].rpartition("_")[0]
-        for question, *choices, letter in csv.reader(io.StringIO(text, newline="")):
-            yield {"question": question, "subject": subject, "choices": choices,
-                   "answer": "ABCD".index(letter)}
+        for question, a, b, c, d, letter in csv.reader(io.StringIO(text, newline="")):
+            yield {"question": question, "subject": subject, "choices": [a, b, c, d],
+                   "answer": [*"ABCD"].index(letter)}  # "ABCD".index("") is 0
 
 
 def targets(files: Files) -> Iterator[dict]:
@@ -75,7 +82,8 @@ def targets(files: Files) -> Iterator[dict]:
 
 
 def race_articles(files: Files) -> Iterator[dict]:
-    """An article in a file, its problems in four lists: one row."""
+    """An article in a file, its problems in three lists: one row. In the archive's order, which is
+    the hub's and no other, and which solved examples are drawn by."""
     for _, text in files:
         one = json.loads(text)
         problems = [dict(question=question, answer=answer, options=options) for question, answer,
@@ -84,7 +92,11 @@ def race_articles(files: Files) -> Iterator[dict]:
 
 
 def tabbed(files: Files) -> Iterator[dict]:
-    yield from csv.DictReader(io.StringIO(files[0][1], newline=""), delimiter="\t")
+    """A table with a header; the column of row numbers has no name in it."""
+    for row in csv.DictReader(io.StringIO(files[0][1], newline=""), delimiter="\t"):
+        if None in row:
+            raise ValueError(f"a line has more fields than the header: {row[None]}")
+        yield {name or "id": text for name, text in row.items()}
 
 
 def pages(files: Files) -> Iterator[dict]:
@@ -107,6 +119,7 @@ class Origin:
     url: str
     splits: dict[str, tuple[str, int]]  # -> which members of an archive, and how many rows it has
     rows: Callable[[Files], Iterable[dict]] = as_they_are
+    fields: str = ""  # what a row must have, where `rows` itself asks for nothing
 
 
 AI2 = "https://ai2-public-datasets.s3.amazonaws.com"
@@ -114,7 +127,8 @@ MOSAIC = "https://storage.googleapis.com/ai2-mosaic/public"
 GLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 GITHUB = "https://raw.githubusercontent.com"
 ARC = f"{AI2}/arc/ARC-V1-Feb2018.zip"
-ORIGINS = {  # every URL by eval rows' makers, or, where they have gone, by who keeps the same bytes
+HELLASWAG = "activity_label ctx_a ctx_b endings label"
+ORIGINS = {  # the makers' own, or, where these have gone, of who keeps the same files
     "arc_challenge": [Origin(ARC, {"train": ("*/ARC-Challenge-Train.jsonl", 1119),
                                    "validation": ("*/ARC-Challenge-Dev.jsonl", 299),
                                    "test": ("*/ARC-Challenge-Test.jsonl", 1172)}, flat_choices)],
@@ -122,17 +136,20 @@ ORIGINS = {  # every URL by eval rows' makers, or, where they have gone, by who 
                               "validation": ("*/ARC-Easy-Dev.jsonl", 570),
                               "test": ("*/ARC-Easy-Test.jsonl", 2376)}, flat_choices)],
     "boolq": [Origin(f"{GLUE}/BoolQ.zip", {"train": ("*train.jsonl", 9427),
-                                           "validation": ("*val.jsonl", 3270)}, true_is_1)],
+                                           "validation": ("*val.jsonl", 3270)}, true_is_1,
+                     "question passage")],
     "copa": [Origin(f"{GLUE}/COPA.zip", {"train": ("*train.jsonl", 400),
-                                         "validation": ("*val.jsonl", 100)})],
+                                         "validation": ("*val.jsonl", 100)},
+                    fields="premise choice1 choice2 question label")],
     "crows_pairs": [Origin(  # not the first edition: the harness has this one
         "https://gitlab.inria.fr/french-crows-pairs/acl-2022-paper-data-and-code/-/raw/main/data/"
-        "crows_pairs_EN_revised+210.csv", {"test": ("", 1677)}, tabbed)],
+        "crows_pairs_EN_revised+210.csv", {"test": ("", 1677)}, tabbed,
+        "sent_more sent_less stereo_antistereo bias_type")],
     "hellaswag": [
         Origin(f"{GITHUB}/rowanz/hellaswag/master/data/hellaswag_train.jsonl",
-               {"train": ("", 39905)}),
+               {"train": ("", 39905)}, fields=HELLASWAG),
         Origin(f"{GITHUB}/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-               {"validation": ("", 10042)})],
+               {"validation": ("", 10042)}, fields=HELLASWAG)],
     "mmlu": [Origin("https://people.eecs.berkeley.edu/~hendrycks/data.tar", {
         "dev": ("data/dev/*_dev.csv", 285), "validation": ("data/val/*_val.csv", 1531),
         "test": ("data/test/*_test.csv", 14042)}, mmlu_tables)],
@@ -140,27 +157,31 @@ ORIGINS = {  # every URL by eval rows' makers, or, where they have gone, by who 
         "train": ("*/Main/train.jsonl", 4957), "validation": ("*/Main/dev.jsonl", 500),
         "test": ("*/Main/test.jsonl", 500)}, flat_choices)],
     "piqa": [Origin(f"{MOSAIC}/physicaliqa/physicaliqa-train-dev.zip", {
-        "train": ("*/train[.-]*", 16113), "validation": ("*/dev[.-]*", 1838)}, with_labels)],
+        "train": ("*/train[.-]*", 16113), "validation": ("*/dev[.-]*", 1838)}, with_labels,
+        "goal sol1 sol2")],
     "race": [Origin("https://www.cs.cmu.edu/~glai1/data/race/RACE.tar.gz", {
-        "test": ("*/test/high/*.txt", 1045)}, race_articles)],
+        "train": ("*/train/high/*.txt", 18728), "test": ("*/test/high/*.txt", 1045)},
+        race_articles)],
     "social_iqa": [Origin(f"{MOSAIC}/socialiqa/socialiqa-train-dev.zip", {
-        "train": ("*/train[.-]*", 33410), "validation": ("*/dev[.-]*", 1954)}, with_labels)],
+        "train": ("*/train[.-]*", 33410), "validation": ("*/dev[.-]*", 1954)}, with_labels,
+        "context question answerA answerB answerC")],
     "truthfulqa_mc": [Origin(  # before 2025, when 27 questions were taken out
         f"{GITHUB}/sylinrl/TruthfulQA/013686a06be7a7bde5bf8223943e106c7250123c/data/mc_task.json",
         {"validation": ("", 817)}, targets)],
     "wikitext": [Origin("https://wikitext.smerity.com/wikitext-2-raw-v1.zip", {
         "test": ("*/wiki.test.raw", 62)}, pages)],
     "winogrande": [Origin(f"{MOSAIC}/winogrande/winogrande_1.1.zip", {
-        "train": ("*/train_xl.jsonl", 40398), "validation": ("*/dev.jsonl", 1267)})],
+        "train": ("*/train_xl.jsonl", 40398), "validation": ("*/dev.jsonl", 1267)},
+        fields="sentence option1 option2 answer")],
 }
 
 
 def members(path: Path, pattern: str) -> Files:
-    """The members of an archive that a pattern names, in the order of their names; of what is none,
-    the file itself. Raises Stop(DATA)."""
+    """The members of an archive that a pattern names, in its order; of what is no archive, the file
+    itself. Raises Stop(DATA)."""
     found = []
     try:
-        if zipfile.is_zipfile(path):
+        if pattern and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 for one in archive.infolist():
                     if wanted(one.filename, pattern, one.file_size, path):
@@ -170,24 +191,34 @@ def members(path: Path, pattern: str) -> Files:
                 for one in archive:
                     if one.isreg() and wanted(one.name, pattern, one.size, path):
                         found.append((one.name, archive.extractfile(one).read()))
+                while archive.fileobj.read(2**20):  # to where gzip has its checksum
+                    pass
         else:
             found.append((path.name, path.read_bytes()))
         if not found:
             raise ValueError(f"it has no file {pattern}")
-        return sorted((name, data.decode()) for name, data in found)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, RuntimeError) as error:
-        raise Stop(DATA, f"{path} cannot be read: {error}; move it away, and the same command "
+        return [(name, data.decode()) for name, data in found]
+    except DAMAGED as error:
+        what = str(error).partition("\n")[0].rstrip(":")  # tarfile's goes on for many lines
+        raise Stop(DATA, f"{path} cannot be read: {what}; move it away, and the same command "
                    "fetches it again") from error
 
 
 def wanted(name: str, pattern: str, size: int, path: Path) -> bool:
     """Whether a member is asked for; macOS puts shadows of files beside them."""
-    if name.startswith("__MACOSX") or "/._" in name or not fnmatch.fnmatch(name, pattern):
+    *folders, last = name.split("/")
+    if "__MACOSX" in folders or last.startswith("._") or not fnmatchcase(name, pattern):
         return False
     if size > LIMIT:
-        raise Stop(DATA, f"{path}: {name} says that it has {size:,} bytes, at most {LIMIT:,} are "
+        raise Stop(DATA, f"{path}: {name!r} says that it has {size:,} bytes, at most {LIMIT:,} are "
                    "read; is this the file that its makers put there?")
     return True
+
+
+def checked(row: dict, fields: str) -> dict:
+    if lacking := [name for name in fields.split() if row.get(name) is None]:
+        raise LookupError(f"a row without {', '.join(lacking)}")
+    return row
 
 
 def fetch_origin(folder: str, origin: Origin, root: Path, index: dict) -> None:
@@ -196,29 +227,36 @@ def fetch_origin(folder: str, origin: Origin, root: Path, index: dict) -> None:
                if not (root / folder / f"{split}.jsonl").is_file()}
     if not missing:
         return
-    known = [one for one in index.values() if one["url"] == origin.url]
     path = root / "originals" / origin.url.rpartition("/")[2]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not (known and path.is_file() and sha256_file(path) == known[0]["sha256"]):
+    known = {one["sha256"]: one for one in index.values() if one["url"] == origin.url}
+    found = sha256_file(path) if known and path.is_file() else ""
+    if found not in known:
         remote = ask(origin.url)
-        fetch(remote, path)
-        known = [dict(url=origin.url, size=path.stat().st_size, etag=remote.etag,
-                      sha256=sha256_file(path))]
+        if found:  # fetch() knows the size of what is there, and would take it if that were right
+            path.replace(f"{path}.bad")
+            say(f"{path} was changed: fetched again, what it was is kept as {path.name}.bad")
+        fetch(remote, path, LIMIT)
+        found = sha256_file(path)
+        known[found] = dict(url=origin.url, size=path.stat().st_size, etag=remote.etag,
+                            sha256=found)
     for split, (pattern, count) in missing.items():
         files, where = members(path, pattern), root / folder / f"{split}.jsonl"
         try:
-            rows = [json.dumps(row) for row in origin.rows(files)]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            rows = [json.dumps(checked(row, origin.fields)) for row in origin.rows(files)]
+        except ODD as error:
             raise Stop(DATA, f"{path} is not as {folder} was published ({error!r}); put the rows "
                        f"into {where} yourself") from error
         if len(rows) != count:
             raise Stop(DATA, f"{path} has {len(rows)} rows for {where}, the benchmark has {count}: "
                        "it was changed, or is not whole; put the rows there yourself")
         where.parent.mkdir(exist_ok=True)
-        write_atomic(where, "\n".join(rows) + "\n")
-        index[f"{folder}/{split}.jsonl"] = known[0] | {"rows": count, "rows_sha256":
-                                                       sha256_file(where)}
+        text = "\n".join(rows) + "\n"
+        index[f"{folder}/{split}.jsonl"] = known[found] | {
+            "rows": count, "rows_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        # first the index: a kill in between leaves a split to be made, not one that nothing is of
         write_atomic(root / "index.json", json.dumps(index, indent=1) + "\n")
+        write_atomic(where, text)
         say(f"{where}: {count:,} rows")
 
 
@@ -227,9 +265,11 @@ def fetch_benchmarks(folders: list[str], root: Path) -> None:
     path = root / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        assert all({"url", "sha256"} <= {*one} for one in index.values())
-    except (ValueError, AttributeError, TypeError) as error:
-        raise Stop(DATA, f"{path} is no index of benchmarks ({error}); move it away") from error
+        for one in index.values():
+            checked(one, "url size etag sha256")
+    except ODD as error:
+        raise Stop(DATA, f"{path} is no index of benchmarks ({type(error).__name__}: {error}); "
+                   "move it away, and it is begun anew") from error
     for folder in folders:
         for origin in ORIGINS.get(folder, ()):  # none: the rows of a run, a text
             fetch_origin(folder, origin, root, index)

@@ -299,6 +299,9 @@ def write_folder(folder: Path, config: ModelConfig, shapes: dict[str, torch.Size
 
 def checkpoint_hash(folder: str | Path) -> str:
     """What a score belongs to: one sha256 over config.json and the weights of a folder."""
-    files = [Path(folder) / "config.json", *weight_files(Path(folder))]
-    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in files)
+    files, state = [Path(folder) / "config.json", *weight_files(Path(folder))], {"files": {}}
+    if (Path(folder) / "state.json").exists():  # has them, and verify() compares them when read
+        state = read_sealed(Path(folder) / "state.json", CHECKPOINT)
+    lines = "".join(f"{state['files'].get(path.name) or sha256_file(path)}  {path.name}\n"
+                    for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()

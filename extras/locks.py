@@ -24,8 +24,9 @@ def locked(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
     except OSError as error:
-        raise Stop(CHECKPOINT, f"cannot write to {folder}: {error.strerror}; free the name, or "
-                   "give --run=NAME or --dataset=NAME") from error
+        raise Stop(CHECKPOINT, f"cannot write to {folder}: {error.strerror}; free the name or "
+                   "mend the disk; a run or a data set can have another, by --run=NAME or "
+                   "--dataset=NAME") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -318,10 +318,25 @@ def listening() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def lost(error: RuntimeError, place: Place, when: str, then: str) -> Stop | None:
+    """The line of a rank that others were taken from; None if the error says something else."""
+    text = str(error).strip()
+    if place.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in text
+                                or "NCCL" in text):
+        return None
+    reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". ")[0]
+    return Stop(ENVIRONMENT, f"rank {place.rank} lost the others{when} ({reason}): one of them "
+                f"ended, its own last line says why; the same command goes on{then}")
+
+
 def explain(error: RuntimeError, config: Config, place: Place, step: int) -> Stop | None:
     """The line a user can act on, for what machines do to a run; None for bugs of ours."""
     text = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if lacks_memory(error):
         n = parameters(config.model)
         n_rank, micro = rows_of(config, place.dp_world)
         less = next((m for m in range(micro // 2, 0, -1) if n_rank % m == 0), None)
@@ -336,9 +351,4 @@ def explain(error: RuntimeError, config: Config, place: Place, step: int) -> Sto
                              for kind in type(error).__mro__):
         return Stop(ENVIRONMENT, f"torch.compile failed ({text.splitlines()[0]}); it needs a C++ "
                     "compiler: install one or give --compile=false")
-    if place.world > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
-        reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". ")[0]
-        return Stop(ENVIRONMENT, f"rank {place.rank} lost the others after step {step} "
-                    f"({reason}): one of them ended, its own last line says why; the "
-                    "same command goes on from the last checkpoint")
-    return None
+    return lost(error, place, f" after step {step}", " from the last checkpoint")

@@ -141,6 +141,18 @@ def save_run(record: dict, out: Path) -> None:
     write_atomic(out / "run.json", json.dumps(record, indent=1) + "\n")
 
 
+def trained_on(checkpoint: Path) -> tuple[Path, str]:
+    """The data set of the run that a checkpoint lies in, and its hash. Raises Stop(DATA)."""
+    try:
+        text = (checkpoint.resolve().parent / "run.json").read_text(encoding="utf-8")
+        content = json.loads(text)
+        return Path("data", content["config"]["data"]["dataset"]), content["data_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Stop(DATA, f"no run.json that names a data set beside {checkpoint} ({error!r}): "
+                   "`valid` scores the held-out rows of a run's own data; give a checkpoint in "
+                   "out/<run>/") from error
+
+
 # ---- lines ---------------------------------------------------------------------------------------
 
 def append(path: Path, lines: list[dict]) -> None:
@@ -150,7 +162,7 @@ def append(path: Path, lines: list[dict]) -> None:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise Stop(CHECKPOINT, f"{path} could not be written: {error.strerror}; mend it and type "
-                   "the same command, it goes on from the last checkpoint") from error
+                   "the same command, it goes on from there") from error
 
 
 def mend(path: Path) -> None:

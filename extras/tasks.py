@@ -209,7 +209,7 @@ TASKS = {
     "truthfulqa_mc2": Task(truthfulqa_mc2, {"acc": mc2}, pool="", shots=0, folder="truthfulqa_mc"),
     "winogrande": Task(winogrande, ACC),
 }
-LEGACY = TASKS | {
+LEGACY = {  # instead of the same in TASKS
     "copa": replace(TASKS["copa"], read=copa),
     "race": replace(TASKS["race"], read=race_legacy, pool="train"),
     "truthfulqa_mc2": replace(TASKS["truthfulqa_mc2"], metrics={"acc": mc2_legacy}),
@@ -258,7 +258,8 @@ def read_rows(path: Path, read: Callable[[dict], Any]) -> list:
     """What `read` makes of each row of a .jsonl file. Raises Stop(DATA)."""
     if not path.is_file():
         raise Stop(DATA, f"{path} not found; expected one json object per line, fields named as on "
-                   "the Hugging Face hub: the same command with --fetch gets it, once")
+                   "the Hugging Face hub: the same command with --fetch gets it, if "
+                   "extras/benchmarks.py names its makers")
     found = []
     try:
         with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028

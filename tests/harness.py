@@ -54,7 +54,7 @@ HUB = {  # as the harness' files name the data -> our folder
     ("lighteval/siqa", None): "social_iqa", ("truthfulqa/truthful_qa", "multiple_choice"):
     "truthfulqa_mc", ("allenai/winogrande", "winogrande_xl"): "winogrande",
     ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"): "wikitext",
-}
+}  # and ("cais/mmlu", a subject)
 WORDS = "how do you make a kettle sing before the water boils and then pour it over tea".split()
 
 
@@ -121,19 +121,33 @@ def write_rows(folder: Path, counts: dict[str, int], seed: int) -> None:
     """<folder>/<task>/<split>.jsonl of made rows, for each split that is not there, so many."""
     rng = random.Random(seed)
     for split, n in counts.items():
-        for task, rows in {task: [one[task] for one in many] for many in [
-                [made_rows(rng, i) for i in range(n)]] for task in many[0]}.items():
+        rows = [made_rows(rng, i) for i in range(n)]
+        for task in rows[0]:
             path = folder / task / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                path.write_text("".join(json.dumps(row[task]) + "\n" for row in rows))
 
 
-def all_rows(folder: Path) -> None:
+def write_subjects(folder: Path, subjects: list[str]) -> None:
+    """MMLU's rows, one to three questions of each subject; the harness wants all 57."""
+    rng = random.Random(6)
+    for split in ("test", "dev"):
+        path = folder / "mmlu" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(
+            json.dumps(made_rows(rng, i)["mmlu"] | dict(subject=subject)) + "\n"
+            for k, subject in enumerate(subjects)
+            for i in range(5 if split == "dev" else 1 + k % 3)))
+
+
+def all_rows(folder: Path, subjects: list[str]) -> None:
     """What developers have beside the repository, and made rows for what is not there."""
     if (SHARED / "eval").is_dir():
         shutil.copytree(SHARED / "eval", folder, dirs_exist_ok=True)
-    write_rows(folder, dict(train=40, validation=24, test=24, dev=12), 5)
+    else:
+        write_subjects(folder, subjects)
+    write_rows(folder, dict(train=40, validation=24, test=24), 5)
 
 
 # ---- a model for both ----------------------------------------------------------------------------
@@ -161,10 +175,11 @@ def files_with_bos(files: dict[str, bytes]) -> dict[str, bytes]:
                     "tokenizer_config.json": json.dumps(config).encode()}
 
 
-def save_llama(folder: Path, tokenizer: Tokenizer, add_bos: bool, config: ModelConfig) -> Path:
+def save_llama(folder: Path, tokenizer: Tokenizer, add_bos: bool, config: ModelConfig,
+               seed: int = 7) -> Path:
     """A folder that both read: seeded weights and a tokenizer's files."""
     model = Transformer(config)
-    init_weights(model, 7)
+    init_weights(model, seed)
     model.save_pretrained(folder, tokenizer.bos, tokenizer.eos)
     files = tokenizer_files(tokenizer)
     for name, content in (files_with_bos(files) if add_bos else files).items():
@@ -187,8 +202,10 @@ def import_harness() -> types.SimpleNamespace:
         vars(sys.modules[name]).update(content)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
+        files = Path(importlib.import_module("lm_eval").__file__).parent / "tasks/mmlu/default"
         return types.SimpleNamespace(
             transformers=transformers, datasets=importlib.import_module("datasets"),
+            subjects=sorted(one.stem.removeprefix("mmlu_") for one in files.glob("mmlu_*.yaml")),
             evaluate=importlib.import_module("lm_eval.evaluator").simple_evaluate,
             manager=importlib.import_module("lm_eval.tasks").TaskManager(),
             model=importlib.import_module("lm_eval.models.huggingface").HFLM,
@@ -349,7 +366,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         data = Path(options.data_dir or Path(name) / "rows")
         if not options.data_dir:
-            all_rows(data)
+            all_rows(data, harness.subjects)
         tokenizer = tokenizer_at(Path(name))
         config = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_inner=128, init_std=0.1,
                              vocab_size=tokenizer.vocab_size, seq_len=SEQ_LEN)

@@ -7,15 +7,15 @@ The comparison with the harness runs its own task classes and its own Hugging Fa
 that developers have beside the repository; all else is made here.
 """
 
-import importlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import statistics
-import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,13 @@ import pytest
 import torch
 
 import evaluate
+import harness
 import prepare
-from configs import CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, Stop
+from configs import CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, Stop, sha256_file
+from conftest import REPO
+from extras import tasks, tokenizers
 from extras.hf_folders import checkpoint_hash
-from extras import tokenizers
+from extras.place import Place
 from extras.tokenizer_json import tokenizer_files
 from model import Transformer, init_weights
 
@@ -40,11 +43,10 @@ n_layer, n_head, n_embd, n_inner, lr, batch_size, workers = 2, 2, 32, 64, 1e-3, 
 PROSE = """Zoë's naïve café, “open” since 1998 — 日本 and Ελλάδα.\r
 She  left it\twith 12345 coins; the rest is history.
 """
-WORDS = "how do you make a kettle sing before the water boils and then pour it over tea".split()
 
 
 def close(ours: float, theirs: float) -> bool:
-    return abs(ours - theirs) <= max(4e-4, 2e-6 * abs(theirs))
+    return abs(ours - theirs) <= harness.tolerance(theirs)
 
 
 def saved_model(folder: Path, config: ModelConfig, seed: int, files: dict[str, bytes]) -> Path:
@@ -55,29 +57,6 @@ def saved_model(folder: Path, config: ModelConfig, seed: int, files: dict[str, b
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
-
-
-def sentence(rng: random.Random, n: int) -> str:
-    return " ".join(rng.choices(WORDS, k=n))
-
-
-def benchmark_rows(rng: random.Random, n: int) -> dict[str, list[dict]]:
-    """n rows of each task as the hub has them, with what makes each of them awkward."""
-    lengths = [rng.randint(1, 9) for _ in range(n)]
-    return {
-        "arc_challenge": [dict(
-            id=str(i), question=sentence(rng, k) + "?  "[:i % 3],
-            choices=dict(text=[sentence(rng, rng.randint(1, 5)) for _ in range(3 + i % 3)],
-                         label=list("ABCDE" if i % 2 else "12345")[:3 + i % 3]),
-            answerKey=("ABC" if i % 2 else "123")[i % 3]) for i, k in enumerate(lengths)],
-        "hellaswag": [dict(
-            activity_label="Tea", ctx_a=f"[header] {sentence(rng, k)} [title] Boil it.",
-            ctx_b="" if i % 2 else "THE water   boils", label=i % 4 if i % 2 else str(i % 4),
-            endings=[f"[step] {sentence(rng, rng.randint(1, 6))}  [substeps] é" for _ in range(4)])
-            for i, k in enumerate(lengths)],
-        "piqa": [dict(goal=sentence(rng, k), sol1=sentence(rng, 1 + i % 4), sol2=sentence(rng, 2),
-                      label=i % 2) for i, k in enumerate(lengths)],
-    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,12 +77,7 @@ def world(tmp_path_factory) -> Path:
         shutil.copy(Path(os.__file__).parent / file, root / "text" / name / "1.txt")
     (root / "text" / "prose" / "2.txt").write_bytes(PROSE.encode() * 20)
     (root / "tiny.py").write_text(RUN_FILE)
-    rng = random.Random(5)
-    for split, n in (("validation", 9), ("test", 9), ("train", 6)):
-        for task, rows in benchmark_rows(rng, n).items():
-            path = root / "benchmarks" / task / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    harness.write_rows(root / "benchmarks", dict(validation=9, test=9, train=6, dev=8), 5)
     os.chdir(root)
     try:
         prepare.main(["tiny.py"])
@@ -154,114 +128,145 @@ def log_probs(model, ids: list[int]) -> torch.Tensor:
 # ---- against lm-evaluation-harness ---------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def harness():
-    """lm_eval's modules. Its Hugging Face model imports accelerate, and uses it for many GPUs."""
+def lm_eval() -> types.SimpleNamespace:
     pytest.importorskip("lm_eval")
-    transformers = pytest.importorskip("transformers")  # first: it looks for the real accelerate
-    assert transformers.LlamaForCausalLM
-    stand_ins = {}
-    if importlib.util.find_spec("accelerate") is None:
-        names = dict(Accelerator=None, InitProcessGroupKwargs=None, find_executable_batch_size=None)
-        stand_ins = {"accelerate": names, "accelerate.utils": dict(get_max_memory=None)}
-    for name, content in stand_ins.items():
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(content)
-    try:
-        return types.SimpleNamespace(
-            task=importlib.import_module("lm_eval.api.task").ConfigurableTask,
-            evaluate=importlib.import_module("lm_eval.evaluator").evaluate,
-            model=importlib.import_module("lm_eval.models.huggingface").HFLM,
-            hellaswag=importlib.import_module("lm_eval.tasks.hellaswag.utils").process_docs,
-            tasks=Path(importlib.import_module("lm_eval").__file__).parent / "tasks",
-            transformers=transformers)
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
+    pytest.importorskip("transformers")
+    return harness.import_harness()
 
 
-HARNESS_FILES = {"arc_challenge": ("arc/arc_easy.yaml", "arc/arc_challenge.yaml"),
-                 "hellaswag": ("hellaswag/hellaswag.yaml",), "piqa": ("piqa/piqa.yaml",)}
+@pytest.fixture(scope="module")
+def made(lm_eval, tmp_path_factory) -> Path:
+    """Rows of all tasks, of MMLU for each of its subjects, made here."""
+    folder = tmp_path_factory.mktemp("made")
+    harness.write_subjects(folder, lm_eval.subjects)
+    harness.write_rows(folder, dict(validation=9, test=9, train=30), 5)
+    return folder
 
 
-def harness_task(harness, name: str, shots: int, data: Path, cache: Path):
-    """The harness' own task, from its own yaml file, reading local rows."""
-    yaml = importlib.import_module("yaml")
-    config: dict = {}
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    loader.add_constructor("!function", lambda *_: harness.hellaswag)
-    for file in HARNESS_FILES[name]:
-        config |= yaml.load((harness.tasks / file).read_text(), loader)
-    files = {path.stem: str(path) for path in (data / name).glob("*.jsonl")}
-    task = harness.task(config={k: v for k, v in config.items() if k not in ("include", "tag")} | {
-        "dataset_path": "json", "dataset_name": None, "num_fewshot": shots,
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}})
-    task.set_fewshot_seed(1234)  # the default of its command line
-    return task
-
-
-@pytest.mark.parametrize("add_bos", (False, True))
-def test_scores_equal_the_harness(harness, shared, tmp_path, add_bos):
-    """Every log-likelihood and metric at 0 shots without BOS and at 2 shots with it."""
-    tokenizer = tokenizers.load_tokenizer(shared / "tokenizer" / "llama_tokenizer.model")
-    files = tokenizer_files(tokenizer)
-    if add_bos:  # as LLaMA's own folder says it
-        whole = json.loads(files["tokenizer.json"])
-        whole["post_processor"] = dict(
-            type="TemplateProcessing", pair=[], special_tokens={
-                "<s>": dict(id="<s>", ids=[1], tokens=["<s>"])},
-            single=[{"SpecialToken": dict(id="<s>", type_id=0)},
-                    {"Sequence": dict(id="A", type_id=0)}])
-        config = json.loads(files["tokenizer_config.json"]) | dict(add_bos_token=True)
-        files |= {"tokenizer.json": json.dumps(whole).encode(),
-                  "tokenizer_config.json": json.dumps(config).encode()}
-    shots, n = 2 * add_bos, 12
-    folder = saved_model(tmp_path / "llama", ModelConfig(
-        n_layer=2, n_head=4, n_embd=64, n_inner=128, vocab_size=32000, seq_len=192, init_std=0.1),
-        7, files)
-    llama = harness.transformers.LlamaForCausalLM.from_pretrained(folder)
-    model = harness.model(pretrained=llama, batch_size=4,
-                          tokenizer=harness.transformers.AutoTokenizer.from_pretrained(folder))
+@pytest.mark.parametrize("shots, add_bos", ((0, False), (None, True), (harness.SHOTS, True)))
+def test_scores_equal_the_harness(lm_eval, made, tmp_path, shots, add_bos):
+    """Every log-likelihood and metric, at several batch sizes; harness.py does it with more."""
+    tokenizer = harness.tokenizer_at(tmp_path)
+    folder = harness.save_llama(tmp_path / "llama", tokenizer, add_bos, ModelConfig(
+        n_layer=2, n_head=4, n_embd=64, n_inner=128, vocab_size=tokenizer.vocab_size, seq_len=224,
+        init_std=0.1))
+    model = harness.harness_model(lm_eval, folder, 4)
     assert model.tok_encode("a")[:1] == [1] * add_bos + tokenizer.encode("a")[:1 - add_bos]
-    tasks = {name: harness_task(harness, name, shots, shared / "eval", tmp_path)
-             for name in evaluate.TASKS}
-    expected = harness.evaluate(model, tasks, limit=n, bootstrap_iters=1)
-    output = tmp_path / "scores.json"
-    evaluate.main([str(folder), f"--tasks={','.join(tasks)}", f"--num_fewshot={shots}",
-                   f"--limit={n}", f"--data_dir={shared / 'eval'}", f"--output={output}",
-                   "--device=cpu"])
-    worst, truncated = 0.0, 0
-    for ours in json.loads(output.read_text())["runs"]:
-        samples = expected["samples"][ours["task"]]
-        assert len(samples) == len(ours["items"]) == n and ours["add_bos"] is add_bos
-        for item, sample in zip(ours["items"], sorted(samples, key=lambda s: s["doc_id"]),
-                                strict=True):
-            assert item["doc_id"] == sample["doc_id"]
-            lls = [ll for ll, _ in sample["filtered_resps"]]
-            assert all(map(close, item["lls"], lls)), (item, lls)
-            worst = max(worst, *(abs(a - b) for a, b in zip(item["lls"], lls, strict=True)))
-        for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
-            assert ours["metrics"][metric] == pytest.approx(
-                expected["results"][ours["task"]][f"{metric},none"], abs=1e-9), metric
-        truncated += ours["metrics"]["truncated"]
-    assert truncated > 0 if shots else truncated == 0
-    print(f"largest difference of a log-likelihood: {worst:.1e}")
+    names = ("leaderboard" if shots is None else ",".join(
+        name for name, task in tasks.TASKS.items() if task.shots is None) + ",wikitext")
+    words = [f"--tasks={names}", "--limit=6"] + [f"--num_fewshot={shots}"] * (shots is not None)
+    several = [harness.ask_ours(folder, made, [*words, f"--batch_size={B}"]) for B in (1, 5, 64)]
+    assert [one["task"] for one in several[0]] == [
+        *(name for name, task in tasks.TASKS.items() if (task.shots is None) != (shots is None)),
+        *(["wikitext"] if shots is not None else [])]
+    truncated = 0
+    for ours in zip(*several, strict=True):
+        name = ours[0]["task"]
+        theirs = harness.ask_harness(lm_eval, model, made, [name], ours[0]["num_fewshot"], 6)
+        for one in ours:
+            assert one["add_bos"] is add_bos
+            assert harness.compare(one, theirs).n >= 6
+            truncated += one["metrics"].get("truncated", 0)
+    assert truncated > 0 if shots is None else True
 
 
-@pytest.mark.parametrize("name", evaluate.TASKS)
-def test_prompts_equal_the_harness(harness, shared, tmp_path, name):
-    """Contexts and continuations, character by character, at 5 shots."""
-    task = harness_task(harness, name, 5, shared / "eval", tmp_path)
-    task.build_all_requests(limit=60, rank=0, world_size=1)
-    options = evaluate.EvaluateOptions(tasks=name, num_fewshot=5, limit=60,
-                                       data_dir=str(shared / "eval"))
-    ours = [(one.context, f" {choice}") for one in
-            evaluate.read_questions(options, evaluate.TASKS[name]) for choice in one.choices]
-    assert ours == [request.args for request in task.instances]
+def test_the_comparison_can_fail(lm_eval, made, tmp_path):
+    tokenizer = harness.tokenizer_at(tmp_path)
+    folder = harness.save_llama(tmp_path / "llama", tokenizer, True, ModelConfig(
+        n_layer=1, n_head=2, n_embd=32, n_inner=64, vocab_size=tokenizer.vocab_size, seq_len=224,
+        init_std=0.3))
+    theirs = harness.ask_harness(lm_eval, harness.harness_model(lm_eval, folder, 4), made,
+                                 ["arc_easy"], 2, 9)
+    (right,) = harness.ask_ours(folder, made, ["--tasks=arc_easy", "--num_fewshot=2"])
+    harness.compare(right, theirs)
+    for wrong in ("--num_fewshot=1", "--num_fewshot=2 --add_bos=false", "--num_fewshot=2 --limit=8",
+                  "--num_fewshot=2 --convention=legacy", "--num_fewshot=2 --fewshot_split=test"):
+        (one,) = harness.ask_ours(folder, made, ["--tasks=arc_easy", *wrong.split()])
+        with pytest.raises(Stop, match="harness has|not the items"):
+            harness.compare(one, theirs)
+    for metric in ("acc", "acc_norm", "acc_stderr"):
+        off = right | dict(metrics=right["metrics"] | {metric: right["metrics"][metric] + 1 / 9})
+        with pytest.raises(Stop, match=f"arc_easy: {metric} is"):
+            harness.compare(off, theirs)
+    lls = [right["items"][0]["lls"][0] + 1e-3, *right["items"][0]["lls"][1:]]
+    off = right | dict(items=[right["items"][0] | dict(lls=lls), *right["items"][1:]])
+    with pytest.raises(Stop, match="arc_easy: {'doc_id': 0"):
+        harness.compare(off, theirs)
+
+
+@pytest.mark.parametrize("name, split", [
+    *((name, None) for name in tasks.TASKS),
+    *((name, "train") for name in ("arc_challenge", "hellaswag", "winogrande"))])
+def test_prompts_equal_the_harness(lm_eval, made, name, split):
+    """Contexts and continuations, character by character, at 5 shots; with examples from `train` as
+    the harness' own group `openllm` has it."""
+    check_prompts(lm_eval, made, name, split)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_prompts_of_real_rows_equal_the_harness(lm_eval, shared, tmp_path, name):
+    shutil.copytree(shared / "eval", tmp_path, dirs_exist_ok=True)
+    harness.write_rows(tmp_path, dict(train=9, test=9), 5)  # where there are none
+    check_prompts(lm_eval, tmp_path, name, None)
+
+
+def check_prompts(lm_eval, data: Path, name: str, split: str | None) -> None:
+    options = evaluate.EvaluateOptions(tasks=name, limit=60, data_dir=str(data),
+                                       fewshot_split=split)
+    task, ours, theirs = tasks.TASKS[name], {}, {}
+    for one in evaluate.read_questions(options, name, 5 if task.pool else 0):
+        ours.setdefault(one.subject, []).extend(
+            (context, task.blank + choice)
+            for context, choice in zip(one.contexts, one.choices, strict=True))
+    with harness.local_hub(lm_eval, data):
+        loaded = lm_eval.manager.load([f"mmlu_{subject}" for subject in [*ours][:9]]
+                                      if name == "mmlu" else [name])["tasks"]
+    for key, one in loaded.items():
+        if one.config.num_fewshot is None:
+            one.set_config("num_fewshot", 5)
+        if split:
+            one.fewshot_cfg.split = split
+        one.set_fewshot_seed(1234)  # the default of its command line
+        one.build_all_requests(limit=60, rank=0, world_size=1)
+        theirs[key.removeprefix("mmlu_") if name == "mmlu" else ""] = [
+            request.args for request in one.instances]
+    assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_another_task_is_a_function_and_a_row(lm_eval, tmp_path, monkeypatch):
+    """The lines that README.md has for SciQ, scored as the harness scores its SciQ."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    (block,) = [one for one in blocks if "TASKS[" in one]
+    body = re.search(r"^def .*?\n\n", block, re.DOTALL).group().strip().split("\n")
+    assert len(body) <= 5
+    monkeypatch.setattr(tasks, "TASKS", added := dict(tasks.TASKS))  # what is added goes again
+    exec(block, vars(tasks))
+    monkeypatch.setattr(evaluate, "TASKS", added)
+    rng = random.Random(0)
+    (tmp_path / "sciq").mkdir()
+    rows = [dict(question=harness.sentence(rng, 5), support=f" {harness.sentence(rng, 9)}",
+                 correct_answer=harness.sentence(rng, 2), **{
+                     f"distractor{k}": harness.sentence(rng, k) for k in (1, 2, 3)})
+            for _ in range(24)]
+    for split, some in (("test", rows[:9]), ("train", rows[9:])):
+        (tmp_path / "sciq" / f"{split}.jsonl").write_text("".join(
+            json.dumps(row) + "\n" for row in some))
+    monkeypatch.setitem(harness.HUB, ("allenai/sciq", None), "sciq")
+    tokenizer = harness.tokenizer_at(tmp_path)
+    folder = harness.save_llama(tmp_path / "llama", tokenizer, True, ModelConfig(
+        n_layer=1, n_head=2, n_embd=32, n_inner=64, vocab_size=tokenizer.vocab_size, seq_len=224,
+        init_std=0.3))
+    (ours,) = harness.ask_ours(folder, tmp_path, ["--tasks=sciq", "--num_fewshot=2"])
+    theirs = harness.ask_harness(lm_eval, harness.harness_model(lm_eval, folder, 4), tmp_path,
+                                 ["sciq"], 2, None)
+    assert harness.compare(ours, theirs).n == 36
+    (old,) = harness.ask_ours(folder, tmp_path, ["--tasks=sciq", "--convention=legacy"])
+    assert len(old["items"]) == 9
 
 
 @pytest.mark.parametrize("n", (1, 5, 6, 7, 12, 13, 14, 31))
-def test_windows_equal_the_harness(harness, n):
-    expected = importlib.import_module("lm_eval.utils").get_rolling_token_windows(
+def test_windows_equal_the_harness(lm_eval, n):
+    expected = lm_eval.utils.get_rolling_token_windows(
         list(range(1, n + 1)), prefix_token=0, max_seq_len=6, context_len=1)
     assert [(ids[:-1].tolist(), ids[-K:].tolist()) for ids, K in
             evaluate.windows(list(range(n + 1)), 6)] == list(expected)
@@ -269,45 +274,161 @@ def test_windows_equal_the_harness(harness, n):
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-def test_draws_are_the_published_vectors():
-    """Indices into the full pools, in the order of the questions."""
-    def draws(pool: int, n: int, extra: int) -> list[list[int]]:
-        rng = random.Random(evaluate.SEED)
-        return [evaluate.draw(rng, range(pool), n, extra, None) for _ in range(3)]
+def draws_of(tmp_path, monkeypatch, task: str, sizes: tuple[int, int], shots: int, docs: int,
+             **options: str) -> list[tuple[int, list[int]]]:
+    """What read_questions draws from files of these sizes: (question, examples), by row number."""
+    def read(row: dict) -> tuple:
+        return f"<{row['number']}>", ["y"], 0
+    one = replace(tasks.TASKS[task], read=read)
+    monkeypatch.setattr(evaluate, "tasks_of", lambda _: {task: one})
+    (tmp_path / task).mkdir()
+    for split, n in zip((one.split, one.pool), sizes, strict=True):
+        (tmp_path / task / f"{split}.jsonl").write_text(
+            "".join(f'{{"number": {i}, "split": "{split}"}}\n' for i in range(n)))
+    found = evaluate.read_questions(evaluate.EvaluateOptions(
+        tasks=task, data_dir=str(tmp_path), limit=docs, **options), task, shots)
+    numbers = [[int(word.split(">")[0]) for word in question.contexts[0].split("<")[1:]]
+               for question in found]
+    assert [one.doc_id for one in found] == [many[-1] for many in numbers]
+    return [(many[-1], many[:-1]) for many in numbers]
 
-    hellaswag = draws(39905, 10, 1)
-    assert hellaswag[0] == [28883, 7657, 490, 5940, 38156, 2288, 5500, 6450, 23241, 15519]
-    assert hellaswag[1][:5] == [2019, 1038, 22681, 31735, 30379]
-    assert hellaswag[2][:5] == [31899, 16372, 4231, 35460, 30533]
-    without_extra = draws(39905, 10, 0)
-    assert without_extra[0] == hellaswag[0]
-    assert without_extra[1][:5] == [1142, 2019, 1038, 22681, 31735]
-    assert draws(1119, 25, 0)[0] == [902, 239, 15, 185, 71, 171, 201, 726, 484, 35, 63, 32, 708,
-                                     991, 949, 304, 186, 374, 234, 29, 1030, 996, 511, 132, 1108]
-    assert draws(40398, 5, 1)[:2] == [[28883, 7657, 490, 5940, 38156],
-                                      [5500, 6450, 23241, 15519, 1142]]
-    assert {name: task.draw_extra for name, task in evaluate.TASKS.items()} == {
-        "arc_challenge": 0, "hellaswag": 1, "piqa": 1}
+
+def test_draws_are_the_published_vectors(tmp_path, monkeypatch):
+    """Row numbers in the full files, HellaSwag 10042 and 39905, ARC 1172 and 1119, WinoGrande 1267
+    and 40398: by the harness' code, run once on files of these sizes."""
+    def draws(*args, **options):
+        (tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
+        return draws_of(max(tmp_path.iterdir(), key=lambda p: int(p.name)), monkeypatch, *args,
+                        **options)
+    hellaswag = draws("hellaswag", (10042, 39905), 10, 3)
+    assert hellaswag[0] == (
+        0, [28883, 7657, 490, 5940, 38156, 2288, 5500, 6450, 23241, 15519])
+    assert [(i, many[:5]) for i, many in hellaswag[1:]] == [
+        (1, [2019, 1038, 22681, 31735, 30379]), (2, [31899, 16372, 4231, 35460, 30533])]
+    named = draws("hellaswag", (10042, 39905), 10, 3, fewshot_split="train")
+    assert named[0] == hellaswag[0]  # and now 10 of 10, not of 11, are drawn
+    assert [many[:5] for _, many in named[1:]] == [
+        [1142, 2019, 1038, 22681, 31735], [958, 32970, 31899, 16372, 4231]]
+    assert draws("arc_challenge", (1172, 1119), 25, 1) == [(
+        0, [902, 239, 15, 185, 71, 171, 201, 726, 484, 35, 63, 32, 708, 991, 949, 304, 186, 374,
+            234, 29, 1030, 996, 511, 132, 1108])]
+    assert draws("winogrande", (1267, 40398), 5, 2) == [
+        (0, [28883, 7657, 490, 5940, 38156]), (1, [5500, 6450, 23241, 15519, 1142])]
+
+
+def test_legacy_draws_are_the_published_vectors(tmp_path, monkeypatch):
+    """The order of the questions is drawn too, and by the same generator before the examples."""
+    (tmp_path / "h").mkdir()
+    hellaswag = draws_of(tmp_path / "h", monkeypatch, "hellaswag", (10042, 39905), 10, 6,
+                         convention="legacy")
+    assert [i for i, _ in hellaswag] == [9792, 1027, 5366, 615, 5402, 477]
+    assert hellaswag[0][1] == [3656, 36651, 3421, 19327, 24999, 26324, 6280, 26942, 15277, 39293]
+    (tmp_path / "a").mkdir()
+    arc = draws_of(tmp_path / "a", monkeypatch, "arc_challenge", (1172, 1119), 25, 6,
+                   convention="legacy")
+    assert [i for i, _ in arc] == [595, 716, 511, 906, 148, 368]
+    assert arc[0][1][:6] == [888, 201, 205, 908, 340, 613]
 
 
 def test_a_question_is_never_its_own_example():
     for seed in range(50):
-        drawn = evaluate.draw(random.Random(seed), ["a", "b", "c", "c"], 2, 1, "c")
+        drawn = tasks.draw(random.Random(seed), ["a", "b", "c", "c"], 2, True, "c")
         assert sorted(drawn) == ["a", "b"]
-        assert len(evaluate.draw(random.Random(seed), ["a", "b", "c"], 2, 1, "d")) == 2
+        assert len(tasks.draw(random.Random(seed), ["a", "b", "c"], 2, True, "d")) == 2
 
 
 def test_prompts_of_rows():
     row = dict(activity_label="Youth", ctx_a="[header] How to go [title] Buy   it.",
                ctx_b="THEN Go", endings=[" [step] Do  [x] it. ", "b"], label="1")
-    assert evaluate.hellaswag(row) == (  # three blanks become two; a mark leaves its blank
+    assert tasks.hellaswag(row) == (  # three blanks become two; a mark leaves its blank
         "Youth: How to go. Buy  it. Then go", [" Do  it.", "b"], 1)
-    assert evaluate.hellaswag(row | dict(ctx_b=""))[0] == "Youth: How to go. Buy  it."
+    assert tasks.hellaswag(row | dict(ctx_b=""))[0] == "Youth: How to go. Buy  it."
     row = dict(question="Q?", choices=dict(text=["a", "b", "c"], label=["1", "2", "3"]),
                answerKey="3")
-    assert evaluate.arc_challenge(row) == ("Question: Q?\nAnswer:", ["a", "b", "c"], 2)
-    row = dict(goal="Go", sol1="x", sol2="y", label=1)
-    assert evaluate.piqa(row) == ("Question: Go\nAnswer:", ["x", "y"], 1)
+    assert tasks.arc(row) == ("Question: Q?\nAnswer:", ["a", "b", "c"], 2)
+    row = dict(sentence="Zoë saw _ , and _ too .", option1="a cat ", option2="it", answer="2")
+    assert tasks.winogrande(row) == (  # what is scored is the same, only the context is another
+        ["Zoë saw a cat ", "Zoë saw it"], [", and _ too ."] * 2, 1)
+    row = dict(question=" Which? \n", choices=["w", "x", "y", "z"], answer=3)
+    assert tasks.mmlu(row) == ("Which?\nA. w\nB. x\nC. y\nD. z\nAnswer:", ["A", "B", "C", "D"], 3)
+
+
+def problems(*questions: str) -> str:
+    return str([dict(question=one, options=["a", "b", "c", "d"], answer="B") for one in questions])
+
+
+def test_prompts_of_legacy(tmp_path):
+    """What commit b281b09 asks otherwise: RACE, COPA; and TruthfulQA's sum."""
+    row = dict(article="It was.", problems=problems("Who is  _  .", "Why?", "It is  _  ."))
+    assert tasks.TASKS["race"].read(row) == (
+        "Article: It was.\n\nWho is b\nQuestion: Why?\nAnswer: b\nIt is  _  .", [*"abcd"], 1)
+    assert tasks.LEGACY["race"].read(row)[0] == (
+        "Article: It was.\n\n _  .b\nQuestion: Why?\nAnswer: b\nIt is  _  .")
+    row = dict(premise=" Zoë sang. ", choice1="The cat left.", choice2="I did.", question="cause",
+               label=1)
+    assert tasks.TASKS["copa"].read(row) == ("Zoë sang because", [" the cat left.", " i did."], 1)
+    assert tasks.LEGACY["copa"].read(row) == ("Zoë sang because", ["the cat left.", "i did."], 1)
+
+
+def test_truthfulqa_is_split_by_label_or_at_the_first_wrong_answer():
+    row = dict(mc2_targets=dict(labels=[1, 0, 1, 0]))
+    one = tasks.Example(row, [], [], 0, 0, "")
+    lls = [math.log(x) - 2000 for x in (0.1, 0.2, 0.3, 0.4)]  # exp() of these alone is 0
+    assert tasks.TASKS["truthfulqa_mc2"].metrics["acc"](lls, one) == pytest.approx(0.4)
+    assert tasks.LEGACY["truthfulqa_mc2"].metrics["acc"](lls, one) == pytest.approx(0.1)
+    sorted_row = tasks.Example(dict(mc2_targets=dict(labels=[1, 1])), [], [], 0, 0, "")
+    assert tasks.mc2_legacy([-1.0, -2.0], sorted_row) == tasks.mc2([-1.0, -2.0], sorted_row) == 1
+
+
+def test_a_subject_counts_once_or_each_question_does():
+    values = {"law": [1.0] * 6 + [0.0] * 2, "virology": [0.0, 1.0], "econometrics": [0.0] * 5}
+    now = tasks.over_subjects("acc", values, legacy=False)
+    old = tasks.over_subjects("acc", values, legacy=True)
+    assert now["acc"] == now["acc_by_size"] == old["acc_by_size"] == pytest.approx(7 / 15)
+    assert old["acc"] == old["acc_by_subject"] == pytest.approx((0.75 + 0.5 + 0) / 3)
+    assert now["acc/law"] == 0.75 and now["acc/virology"] == 0.5
+    errors = [statistics.stdev(v) / math.sqrt(len(v)) for v in values.values()]
+    assert old["acc_stderr"] == pytest.approx(math.sqrt(sum(e**2 for e in errors)) / 3)
+    pooled = sum((len(v) - 1) * len(v) * e**2
+                 for v, e in zip(values.values(), errors, strict=True)) / (15 - 3)
+    assert now["acc_stderr"] == pytest.approx(math.sqrt(pooled / 15))
+    assert tasks.over_subjects("acc", dict(law=[1.0], virology=[0.0]), False)["acc_stderr"] is None
+
+
+def test_legacy_has_no_bos_and_begins_with_eos(here):
+    """In contexts, in front of what has none, and of texts; in MMLU's average, each subject counts
+    once."""
+    names = "--tasks=piqa,crows_pairs_english,wikitext,mmlu,hellaswag"
+    shutil.copytree(CKPT, "bos/ckpt_0", dirs_exist_ok=True)
+    file = Path("bos/ckpt_0/tokenizer_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(add_bos_token=True)))
+    words = (names, "--data_dir=benchmarks", "--num_fewshot=1")
+    now, old, forced = (entries("bos/ckpt_0", *words, *more) for more in (
+        [], ["--convention=legacy"], ["--convention=legacy", "--add_bos=true"]))
+    assert [{one["add_bos"] for one in many} for many in (now, old, forced)] == [
+        {True}, {False}, {True}]
+    tokenizer = tokenizers.load_tokenizer(CKPT)
+    model = Transformer.from_pretrained(CKPT).eval()
+    row = json.loads(Path("benchmarks/crows_pairs/test.jsonl").read_text().split("\n")[4])
+    for many, first in ((now, tokenizer.bos), (old, tokenizer.eos)):
+        pool = evaluate.read_questions(evaluate.EvaluateOptions(
+            tasks="", data_dir="benchmarks",
+            convention="legacy" if many is old else "current"), "crows_pairs_english", 0)
+        assert [one.contexts for one in pool] == [["", ""]] * 9
+        (scored,) = [one for one in entries(
+            "bos/ckpt_0", "--tasks=crows_pairs_english", "--data_dir=benchmarks",
+            *["--convention=legacy"] * (many is old))]
+        (item,) = [one for one in scored["items"] if one["doc_id"] == 4]
+        for ll, name in zip(item["lls"], ("sent_more", "sent_less"), strict=True):
+            ids = torch.tensor([[first, *tokenizer.encode(row[name])]])
+            assert close(ll, -model(ids[:, :-1], ids[:, 1:], per_row=True).item())
+    assert [one["doc_id"] for one in now[0]["items"]] == [*range(9)]
+    order = [*range(9)]
+    random.Random(42).shuffle(order)
+    assert [one["doc_id"] for one in old[0]["items"]] == order
+    mmlu_now, mmlu_old = now[3]["metrics"], old[3]["metrics"]
+    assert mmlu_now["acc"] == mmlu_now["acc_by_size"] != mmlu_now["acc_by_subject"]
+    assert mmlu_old["acc"] == mmlu_old["acc_by_subject"]
 
 
 def test_examples_stand_in_front_of_the_question(tmp_path):
@@ -317,57 +438,64 @@ def test_examples_stand_in_front_of_the_question(tmp_path):
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     (tmp_path / "piqa" / "validation.jsonl").write_text(
         "".join(json.dumps(rows[0] | dict(goal=goal)) + "\n" for goal in "QRS"))
-    options = evaluate.EvaluateOptions(tasks="piqa", num_fewshot=2, data_dir=str(tmp_path))
+    options = evaluate.EvaluateOptions(tasks="piqa", data_dir=str(tmp_path))
     rng = random.Random(1234)  # one for all questions
-    for one, goal in zip(evaluate.read_questions(options, evaluate.TASKS["piqa"]), "QRS",
-                         strict=True):
+    for one, goal in zip(evaluate.read_questions(options, "piqa", 2), "QRS", strict=True):
         i, j, _ = rng.sample(range(4), 3)
-        assert one.context == "".join(f"Question: g{k}\u2028\nAnswer: {'ab'[k % 2]}{k}\n\n"
-                                      for k in (i, j)) + f"Question: {goal}\nAnswer:"
+        assert one.contexts == ["".join(f"Question: g{k}\u2028\nAnswer: {'ab'[k % 2]}{k}\n\n"
+                                        for k in (i, j)) + f"Question: {goal}\nAnswer:"] * 2
         assert (one.choices, one.gold) == (["a0", "b0"], 0)
 
 
 # ---- log-likelihoods -----------------------------------------------------------------------------
 
+def checkpoint(folder: str, add_bos: bool = False, max_length: int = T, model: object = None,
+               **options: object) -> evaluate.Checkpoint:
+    return evaluate.Checkpoint(
+        Path(folder), model, tokenizers.load_tokenizer(folder), add_bos, max_length,
+        evaluate.EvaluateOptions(tasks="", **options),
+        Place(0, 1, torch.device("cpu"), torch.float32, compile=False))
+
+
 @pytest.mark.parametrize("add_bos", (False, True))
-def test_context_and_continuation(world, add_bos):
-    tokenizer = tokenizers.load_tokenizer(world / CKPT)
-    ckpt = evaluate.Checkpoint("", None, tokenizer, add_bos, None)
-    front = [tokenizer.bos] * add_bos
-    encode = tokenizer.encode
-    ids, K = evaluate.encode_pair(ckpt, "Question: how\nAnswer:", " the kettle")
+def test_context_and_continuation(here, add_bos):
+    ckpt = checkpoint(CKPT, add_bos)
+    front, encode = [ckpt.tokenizer.bos] * add_bos, ckpt.tokenizer.encode
+
+    def pair(context: str, continuation: str) -> tuple[list[int], int]:
+        return evaluate.encode_pair(ckpt, ckpt.encode(context.rstrip()), context, continuation)
+    ids, K = pair("Question: how\nAnswer:", " the kettle")
     assert ids == front + encode("Question: how\nAnswer: the kettle")
     assert ids[-K:] == encode("the kettle")  # whose blank, in front, is that of the dummy prefix
     # blanks at the end of the context are scored: they go over to the continuation
-    assert evaluate.encode_pair(ckpt, "how \n ", "the") == evaluate.encode_pair(
-        ckpt, "how", " \n the")
-    assert evaluate.encode_pair(ckpt, "how  ", "the")[0] == front + encode("how  the")
+    assert pair("how \n ", "the") == pair("how", " \n the")
+    assert pair("how  ", "the")[0] == front + encode("how  the")
     # where a piece spans the border, the context keeps the ids it has alone
     head, whole = encode("tea an"), encode("tea and the the")
     assert whole[:len(head)] != head and len(whole) > len(head)
-    assert evaluate.encode_pair(ckpt, "tea an", "d the the") == (
-        front + head + whole[len(head):], len(whole) - len(head))
+    assert pair("tea an", "d the the") == (front + head + whole[len(head):], len(whole) - len(head))
     # nothing in front: BOS stands there, since a first id cannot be predicted from nothing
-    assert evaluate.encode_pair(ckpt, "", "the") == ([tokenizer.bos] + encode("the"), 1)
+    assert pair("", "the") == ([ckpt.tokenizer.bos] + encode("the"), 1)
 
 
 @pytest.mark.parametrize("shots, add_bos", ((0, False), (1, True), (3, False)))
 def test_choices_one_sequence_at_a_time(here, theirs, shots, add_bos):
-    """All tasks against transformers; with 3 shots, contexts are longer than the model's."""
-    options = evaluate.EvaluateOptions(tasks="", num_fewshot=shots, data_dir="benchmarks", limit=7)
-    scored = entries(CKPT, "--tasks=piqa,arc_challenge,hellaswag", f"--num_fewshot={shots}",
+    """Tasks against transformers; with 3 shots, contexts are longer than the model's."""
+    options, names = evaluate.EvaluateOptions(tasks="", data_dir="benchmarks", limit=7), [
+        "piqa", "arc_challenge", "hellaswag", "openbookqa"]
+    scored = entries(CKPT, f"--tasks={','.join(names)}", f"--num_fewshot={shots}",
                      "--data_dir=benchmarks", "--limit=7", f"--add_bos={str(add_bos).lower()}")
     tokenizer, n_truncated = tokenizers.load_tokenizer(CKPT), 0
-    assert [one["task"] for one in scored] == ["piqa", "arc_challenge", "hellaswag"]
+    assert [one["task"] for one in scored] == names
     for one in scored:
-        questions = evaluate.read_questions(options, evaluate.TASKS[one["task"]])
+        questions = evaluate.read_questions(options, one["task"], shots)
         acc, acc_norm, truncated = [], [], set()
         for i, question in enumerate(questions):
             lls = []
-            for choice in question.choices:
-                bare = question.context.rstrip()
+            for context, choice in zip(question.contexts, question.choices, strict=True):
+                bare = context.rstrip()
                 head = [tokenizer.bos] * add_bos + tokenizer.encode(bare)
-                whole = [tokenizer.bos] * add_bos + tokenizer.encode(f"{question.context} {choice}")
+                whole = [tokenizer.bos] * add_bos + tokenizer.encode(f"{context} {choice}")
                 ids, K = head + whole[len(head):], len(whole) - len(head)
                 if len(ids) > T + 1:
                     truncated.add(i)
@@ -378,8 +506,7 @@ def test_choices_one_sequence_at_a_time(here, theirs, shots, add_bos):
             assert one["items"][i]["doc_id"] == i
             assert len(lls) == len(one["items"][i]["lls"])
             assert all(map(close, one["items"][i]["lls"], lls)), (one["items"][i], lls)
-        metrics = one["metrics"]
-        assert metrics == dict(
+        assert one["metrics"] == dict(
             truncated=len(truncated), acc=pytest.approx(np.mean(acc)),
             acc_stderr=pytest.approx(statistics.stdev(acc) / math.sqrt(7)),
             acc_norm=pytest.approx(np.mean(acc_norm)),
@@ -389,35 +516,93 @@ def test_choices_one_sequence_at_a_time(here, theirs, shots, add_bos):
     assert n_truncated > 0 if shots == 3 else True
 
 
+def example(choices: list[str], gold: int = 0) -> tasks.Example:
+    return tasks.Example({}, ["c"] * len(choices), choices, gold, 0, "")
+
+
+def job_of(*questions: tasks.Example) -> evaluate.Job:
+    return evaluate.Job("piqa", 0, {}, list(questions))
+
+
 def test_the_first_of_equals_is_chosen_and_characters_are_counted(here, monkeypatch):
-    questions = [evaluate.Example({}, "c", choices, gold) for choices, gold in
-                 ((["a", "a"], 0), (["aé", "a"], 0), (["", "a"], 1))]
-    monkeypatch.setattr(evaluate, "score", lambda *_: [-2.0, -2.0, -3.0, -2.0, -1.0, -9.0])
-    ckpt = evaluate.Checkpoint("", Transformer(ModelConfig(
-        n_layer=1, n_head=1, n_embd=2, n_inner=2, vocab_size=2, seq_len=T)),
-        tokenizers.load_tokenizer(CKPT), False, None)
-    _, metrics, lls = evaluate.score_choices(ckpt, evaluate.TASKS["piqa"], questions)
-    assert lls == [[-2.0, -2.0], [-3.0, -2.0], [-1.0, -9.0]]
+    job = job_of(example(["a", "a"]), example(["aé", "a"]), example(["", "a"], 1))
+    lls = [[-2.0, -2.0], [-3.0, -2.0], [-1.0, -9.0]]
+    monkeypatch.setattr(evaluate, "score", lambda *_: lls)
+    metrics, items = evaluate.score_choices(checkpoint(CKPT), job)
+    assert [one["lls"] for one in items] == lls
     assert metrics["acc"] == pytest.approx(1 / 3)  # -3 < -2, and -1 > -9
     assert metrics["acc_norm"] == 1  # -3 / 2 > -2 / 1; an empty choice never wins
 
 
 def test_what_is_lost_is_counted(here, monkeypatch):
     """An item of T + 1 ids fits: the last id is predicted and not read."""
-    (question,) = [evaluate.Example({}, "c", ["a", "b"], 0)]
-    ckpt = evaluate.Checkpoint("", Transformer.from_pretrained(CKPT), None, False, None)
-    monkeypatch.setattr(evaluate, "score", lambda _, requests, __: [
-        float(len(ids)) for ids, _ in requests])
+    monkeypatch.setattr(evaluate, "score", lambda _, groups, __: [
+        [float(len(ids)) for ids, _ in group] for group in groups])
     for lengths, lost in (((T, T + 1), 0), ((T + 1, T + 2), 1), ((T + 2, T + 9), 1)):
         left = iter(lengths)
         monkeypatch.setattr(evaluate, "encode_pair", lambda *_, left=left: ([5] * next(left), 1))
-        _, metrics, lls = evaluate.score_choices(ckpt, evaluate.TASKS["piqa"], [question])
+        metrics, items = evaluate.score_choices(checkpoint(CKPT), job_of(example(["a", "b"])))
         assert metrics["truncated"] == lost and metrics["acc_stderr"] is None
-        assert lls == [[min(n, T + 1) for n in lengths]]
+        assert items[0]["lls"] == [[min(n, T + 1) for n in lengths]][0]
+
+
+def test_max_length_cuts_on_the_left(here):
+    whole = Path("benchmarks/arc_easy/test.jsonl").read_text().split("\n")[3]
+    Path("short/arc_easy").mkdir(parents=True, exist_ok=True)
+    Path("short/arc_easy/test.jsonl").write_text(whole + "\n")
+    words = ("--tasks=arc_easy", "--data_dir=short")
+    (full,), (cut,) = entries(CKPT, *words), entries(CKPT, *words, "--max_length=9")
+    assert (full["metrics"]["truncated"], cut["metrics"]["truncated"]) == (0, 1)
+    (question,) = evaluate.read_questions(evaluate.EvaluateOptions(
+        tasks="", data_dir="short"), "arc_easy", 0)
+    tokenizer, model = tokenizers.load_tokenizer(CKPT), Transformer.from_pretrained(CKPT).eval()
+    for ll, choice in zip(cut["items"][0]["lls"], question.choices, strict=True):
+        head = tokenizer.encode(question.contexts[0])
+        ids = tokenizer.encode(f"{question.contexts[0]} {choice}")
+        K, idx = len(ids) - len(head), torch.tensor([ids[-10:]])
+        logits = model(idx[:, :-1]).log_softmax(-1)[0, -K:]
+        assert close(ll, logits.gather(1, idx[0, -K:, None]).sum().item())
+
+
+def test_what_choices_have_in_common_is_run_once(here, monkeypatch):
+    """Of a question with choices of one token nothing is left but its context; of others the rests
+    alone. The scores are those of each request by itself."""
+    model, seen, hidden = Transformer.from_pretrained(CKPT).eval(), [], Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda self, idx, *rest: seen.append(
+        tuple(idx.shape)) or hidden(self, idx, *rest))
+    rng = np.random.default_rng(0)
+    front = rng.integers(3, 500, 20).astype(np.int32)
+
+    def group(*tails: int, K: int = 1) -> list[evaluate.Request]:
+        return [(np.concatenate([front, rng.integers(3, 500, n).astype(np.int32)]), K)
+                for n in tails]
+    for groups, shapes in (
+            ([group(1, 1, 1, 1)], [(1, 20)]),  # the head alone tells four last ids apart
+            ([group(5, 3, 5, K=3)], [(1, 20), (3, 4)]),
+            ([group(4)], [(1, 23)]),  # one choice: there is nothing to share
+            ([group(1, 1), group(9, 2, K=2)], [(2, 20), (2, 8)]),
+            ([group(2, 2, K=20)], [(1, 20), (2, 1)])):  # what is scored begins in what is common
+        seen.clear()
+        ours = evaluate.score(checkpoint(CKPT, model=model), groups, "x")
+        assert seen == shapes
+        for many, lls in zip(groups, ours, strict=True):
+            for (ids, K), ll in zip(many, lls, strict=True):
+                alone = torch.tensor(ids[None].astype(np.int64))
+                targets = alone[:, 1:].clone()
+                targets[:, :-K] = -100
+                assert close(ll, -model(alone[:, :-1], targets, per_row=True).item())
+
+
+def test_batches_fit_the_context():
+    """Longest first; what is common and what follows it fit into T for the whole batch."""
+    shapes = [(9, 1), (9, 3), (8, 2), (2, 10), (0, 12), (0, 3), (0, 1)]
+    found = [*evaluate.batches(shapes, [*range(7)], 3, 12)]
+    assert found == [[0, 1, 2], [3], [4, 5, 6]]
+    assert [*evaluate.batches(shapes, [], 3, 12)] == []
 
 
 def test_batch_size_changes_nothing(here):
-    words = [CKPT, f"--tasks=valid,text:text/prose/2.txt,{','.join(evaluate.TASKS)}",
+    words = [CKPT, f"--tasks=valid,text:text/prose/2.txt,wikitext,{','.join(tasks.TASKS)}",
              "--num_fewshot=1", "--data_dir=benchmarks"]
     one, five, all_ = (entries(*words, f"--batch_size={B}") for B in (1, 5, 1000))
     for ours, *others in zip(one, five, all_, strict=True):
@@ -429,10 +614,12 @@ def test_batch_size_changes_nothing(here):
 
 
 def test_bfloat16_is_near_float32(here):
-    (full,), (half,) = (entries(CKPT, "--tasks=text:text/prose/2.txt", f"--dtype={dtype}")
-                        for dtype in ("float32", "bfloat16"))
-    a, b = (one["metrics"]["nats_per_token"] for one in (full, half))
+    words = (CKPT, "--tasks=text:text/prose/2.txt,hellaswag", "--data_dir=benchmarks")
+    full, half = (entries(*words, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
+    a, b = (one[0]["metrics"]["nats_per_token"] for one in (full, half))
     assert a != b and a == pytest.approx(b, rel=0.02)
+    for a, b in zip(full[1]["items"], half[1]["items"], strict=True):
+        assert a["lls"] != b["lls"] and a["lls"] == pytest.approx(b["lls"], rel=0.05)
 
 
 # ---- rows and files ------------------------------------------------------------------------------
@@ -466,25 +653,27 @@ def test_held_out_rows(here, theirs, limit):
 @pytest.mark.parametrize("n, add_bos", (
     (T - 9, False), (T, True), (2 * T, False), (3 * T - 7, True)))
 def test_text_one_token_at_a_time(here, theirs, n, add_bos):
-    """Each token from the context that its window gives it; the last window's is full."""
+    """Each token from the context that its window gives it; the last window's is full. BOS stands
+    in front, and the one that add_bos puts there is predicted from it."""
     tokenizer = tokenizers.load_tokenizer(CKPT)
     text = next(text for k in range(900) for text in [(PROSE * 9)[:k]]
                 if len(tokenizer.encode(text)) >= n)
     Path("a text.txt").write_bytes(text.encode())
     (one,) = entries(CKPT, "--tasks=text:a text.txt", f"--add_bos={str(add_bos).lower()}")
-    ids = [tokenizer.bos if add_bos else tokenizer.eos, *tokenizer.encode(text)]
-    sums: dict[int, float] = {}
+    ids, total = [tokenizer.bos] * (1 + add_bos) + tokenizer.encode(text), 0.0
     for p in range(1, len(ids)):
         window = (p - 1) // T
         start = window * T if (window + 1) * T < len(ids) else max(0, len(ids) - 1 - T)
-        sums[window] = sums.get(window, 0) + log_probs(theirs, ids[start:p + 1])[-1].item()
-    total = sum(sums.values())
-    assert all(close(item["lls"][0], ll)
-               for item, ll in zip(one["items"], sums.values(), strict=True))
+        total += log_probs(theirs, ids[start:p + 1])[-1].item()
+    assert len(one["items"]) == 1 and close(one["items"][0]["lls"][0], total)
+    n_bytes, words = len(text.encode()), text.split()
+    n_words = len(words) + text[0].isspace() + text[-1].isspace()  # re.split() counts empty ends
     assert one["metrics"] == dict(
         nats_per_token=pytest.approx(-total / (len(ids) - 1), rel=1e-6),
-        bits_per_byte=pytest.approx(-total / math.log(2) / len(text.encode()), rel=1e-6),
-        tokens=len(ids) - 1, bytes=len(text.encode()))
+        bits_per_byte=pytest.approx(-total / math.log(2) / n_bytes, rel=1e-6),
+        byte_perplexity=pytest.approx(math.exp(-total / n_bytes), rel=1e-6), words=n_words,
+        word_perplexity=pytest.approx(math.exp(-total / n_words), rel=1e-4),
+        tokens=len(ids) - 1, bytes=n_bytes)
 
 
 def test_windows_predict_every_token_once():
@@ -506,16 +695,21 @@ def test_a_run_is_scored_checkpoint_by_checkpoint(here, capsys):
         assert one["settings"] == dict(
             checkpoint=folder.name, checkpoint_hash=checkpoint_hash(folder), device="cpu",
             tokenizer_sha256=tokenizers.load_tokenizer(folder).spec()["sha256"], dtype="float32",
-            batch_size=16, max_length=T, torch=torch.__version__)
+            batch_size=16, max_length=T, torch=torch.__version__, convention="current",
+            fewshot_split=None, data=one["settings"]["data"])
+    assert [one["settings"]["data"] for one in scored[1:3]] == [
+        {"tiny": prepare.read_manifest(Path("data/tiny"))["data_hash"]},
+        {"validation.jsonl": sha256_file("benchmarks/piqa/validation.jsonl")}]
     assert len({one["metrics"]["nats_per_token"] for one in scored[::3]}) == 3
     alone = entries(f"out/tiny/{CHECKPOINTS[1]}", "--tasks=valid,piqa", "--data_dir=benchmarks",
                     "--limit=2")
     assert alone == scored[3:6]
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["checkpoint", "task", "items", "metric", "value", "stderr"]
+    assert table[0].split() == ["checkpoint", "task", "shots", "BOS", "items", "metric",
+                                "value", "stderr"]
     piqa = next(line.split() for line in table if "piqa" in line and " acc " in line)
-    assert piqa[:4] == [CHECKPOINTS[0], "piqa", "2", "acc"]
-    assert [float(x) for x in piqa[4:]] == [pytest.approx(scored[2]["metrics"][k], abs=1e-4)
+    assert piqa[:6] == [CHECKPOINTS[0], "piqa", "0", "no", "2", "acc"]
+    assert [float(x) for x in piqa[6:]] == [pytest.approx(scored[2]["metrics"][k], abs=1e-4)
                                             for k in ("acc", "acc_stderr")]
 
 
@@ -545,11 +739,18 @@ def test_the_folder_says_whether_bos_is_put(here, tmp_path):
     ((CKPT, "--tasks=helaswag"), USAGE, "unknown task 'helaswag'; expected some of valid, text:"),
     ((CKPT, "--tasks=piqa,"), USAGE, "unknown task ''"),
     ((CKPT,), USAGE, "missing key 'tasks'"),
-    ((CKPT, "--tasks=piqa"), DATA, "data/eval/piqa/validation.jsonl not found.*--data_dir=DIR"),
+    ((CKPT, "--tasks=piqa"), DATA, "data/eval/piqa/validation.jsonl not found.*--fetch"),
     ((CKPT, "--tasks=piqa", "--data_dir=benchmarks", "--num_fewshot=6"), DATA,
-     "--num_fewshot=6 draws from 7 rows or more, train.jsonl has 6"),
+     "piqa: --num_fewshot=6 needs 7 rows, benchmarks/piqa/train.jsonl has 6"),
     ((CKPT, "--tasks=arc_challenge", "--data_dir=benchmarks", "--num_fewshot=7"), DATA,
-     "--num_fewshot=7 draws from 7 rows or more, train.jsonl has 6"),
+     "--num_fewshot=7 needs 7 rows, benchmarks/arc_challenge/train.jsonl has 6"),
+    ((CKPT, "--tasks=mmlu", "--data_dir=benchmarks", "--num_fewshot=5"), DATA,
+     "--num_fewshot=5 needs 5 rows of anatomy, benchmarks/mmlu/dev.jsonl has 4"),
+    ((CKPT, "--tasks=piqa", "--data_dir=benchmarks", "--num_fewshot=1", "--fewshot_split=dave"),
+     DATA, "benchmarks/piqa/dave.jsonl not found"),
+    ((CKPT, "--tasks=leaderboard", "--num_fewshot=5"), USAGE, "leaderboard has shots of its own"),
+    ((CKPT, "--tasks=piqa", "--max_length=49"), USAGE, "--max_length=49, but the context .* is 48"),
+    ((CKPT, "--tasks=wikitext"), DATA, "data/eval/wikitext/test.jsonl not found.*--fetch"),
     ((CKPT, "--tasks=piqa", "--data_dir=bad"), DATA, "validation.jsonl:2: not a row of piqa"),
     ((CKPT, "--tasks=piqa", "--data_dir=bad/2"), DATA, "validation.jsonl:1: .*UnicodeDecodeError"),
     ((CKPT, "--tasks=hellaswag", "--data_dir=bad"), DATA, "validation.jsonl holds no rows"),
@@ -574,12 +775,12 @@ def test_bad_input(here, words, code, said):
     if not bad.exists():
         for task in ("piqa", "hellaswag", "arc_challenge", "2/piqa"):
             (bad / task).mkdir(parents=True)
-        row = benchmark_rows(random.Random(0), 1)
-        (bad / "piqa" / "validation.jsonl").write_text(json.dumps(row["piqa"][0]) + "\n{}\n")
+        row = harness.made_rows(random.Random(0), 1)
+        (bad / "piqa" / "validation.jsonl").write_text(json.dumps(row["piqa"]) + "\n{}\n")
         (bad / "2" / "piqa" / "validation.jsonl").write_bytes("é".encode("latin-1"))
         (bad / "hellaswag" / "validation.jsonl").write_text("")
         (bad / "arc_challenge" / "test.jsonl").write_text(
-            json.dumps(row["arc_challenge"][0] | dict(answerKey="E")))
+            json.dumps(row["arc_challenge"] | dict(answerKey="E")))
         (bad / "blank.txt").write_text("\n \n")
         (bad / "latin.txt").write_bytes("é".encode("latin-1"))
         for name, size in (("other", 500), ("large", 600)):

@@ -309,7 +309,7 @@ def test_a_text_is_scored(checkpoint, tmp_path, capsys):
                    "--device=cpu"])
     one, = json.loads((tmp_path / "o.json").read_text())["runs"]
     tokenizer = load_tokenizer(checkpoint)
-    assert one["metrics"]["tokens"] == len(tokenizer.encode(STORY[:500]))
+    assert one["metrics"]["tokens"] == len(tokenizer.encode(STORY[:500])) + tokenizer.add_bos
     assert one["add_bos"] is tokenizer.add_bos and one["metrics"]["bits_per_byte"] > 0
 
 
