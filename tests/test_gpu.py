@@ -26,7 +26,7 @@ def test_without_a_gpu_it_says_so(part, tmp_path):
 
 
 @pytest.mark.parametrize("part, only", [
-    ("check", "^FSDP2 of one|^recompute full|greedy|memory, amber, eager"),
+    ("check", "^FSDP2 of one|^recompute full|greedy|scored|memory, amber, eager"),
     ("bench", "chip|llama")])
 def test_the_code_runs_at_toy_sizes(part, only, tmp_path):
     done = start(tmp_path, part, "--tiny", "--device=cpu", f"--only={only}")

@@ -30,6 +30,7 @@ from steps import Sharded, Steps, alone
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import evaluate
 import train
 from configs import Config, run, sha256_file
 from extras.place import Clock, Place
@@ -236,6 +237,34 @@ def greedy(part: Part, family: str) -> dict:
             "gap": gap, "apart": apart, "wanted": "gap, apart <= 0.0001 of the logits' deviation"}
 
 
+def scores(part: Part, family: str) -> dict:
+    """Choices scored in batches, what they have in common run once, fp32, against one forward pass
+    over each sequence alone."""
+    config = cut_down(part, family).model
+    model = Transformer(config)
+    init_weights(model, 0)
+    model.to(part.device)
+    rng, groups = np.random.default_rng(1), []
+    for _ in range(12):  # questions of four choices, contexts and choices of any length
+        front = rng.integers(config.vocab_size, size=rng.integers(1, config.seq_len // 2))
+        lengths = rng.integers(1, config.seq_len // 4, size=4)
+        groups.append([(np.concatenate([front, rng.integers(config.vocab_size, size=K)]), int(K))
+                       for K in lengths])
+    place = Place(0, 1, part.device, torch.float32, compile=False)
+    options = evaluate.EvaluateOptions(tasks="", batch_size=5)
+    ckpt = evaluate.Checkpoint(Path(family), model, None, False, config.seq_len, options, place)
+    found, worst = evaluate.score(ckpt, groups, family), 0.0
+    for group, lls in zip(groups, found, strict=True):
+        for (ids, K), ll in zip(group, lls, strict=True):
+            idx = torch.from_numpy(ids)[None].to(part.device)
+            with torch.no_grad():
+                logits = model(idx[:, :-1])[0, -K:].double()
+            alone = logits.log_softmax(-1).gather(1, idx[0, -K:, None]).sum().item()
+            worst = max(worst, abs(ll - alone) / max(4e-4, 2e-6 * abs(alone)))
+    return {"ok": worst <= 1, "choices": 48, "worst": worst,
+            "wanted": "worst <= 1, in units of 4e-4 nats or 2e-6 of the number"}
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 def peak_of_step(config: Config, place: Place) -> tuple[int, int]:
@@ -375,6 +404,7 @@ def numbers(part: Part) -> None:
         part.row(f"efficient against math fp32, {family}", lambda f=family: kernel(
             part, f, efficient if cuda else flash, full), 10)
         part.row(f"greedy text fp32, {family}", lambda f=family: greedy(part, f), 10)
+        part.row(f"scored choices fp32, {family}", lambda f=family: scores(part, f), 10)
     for way in ("selective", "full"):
         part.row(f"recompute {way} fp32", lambda w=way: recomputed(part, w, full), 10)
         part.row(f"recompute {way} bf16", lambda w=way: recomputed(part, w, half), 10)
