@@ -5,10 +5,10 @@
     python evaluate.py CKPT --tasks=leaderboard --convention=legacy  # what LLM360's tables show
     torchrun --nproc_per_node=8 evaluate.py out/amber_7b --tasks=leaderboard --every=10
 
-A score here is the score of lm-evaluation-harness: prompts, draws of solved examples and all else
-that moves a number are the rules of its version 0.4.13 (`current`) or of its commit b281b09 of June
-2023 (`legacy`), with which the Open LLM Leaderboard and the paper were made. Reads a checkpoint of
-ours or any Hugging Face LLaMA folder, and for each task:
+A benchmark's score here is that of lm-evaluation-harness: prompts, draws of solved examples and all
+else that moves a number follow its version 0.4.13 (`current`) or its commit b281b09 of June 2023
+(`legacy`), which the Open LLM Leaderboard and LLM360's paper used. Reads a checkpoint of ours or a
+Hugging Face LLaMA or CrystalCoder, and for each task:
 
     valid        out/<run>/run.json, data/<dataset>/valid_<source>.bin
     text:FILE    the file, UTF-8
@@ -19,10 +19,10 @@ items: [{doc_id, lls}], settings}]} with the log-likelihoods of every item, in n
 score is also a line of out/<run>/evals.jsonl, and what stands there is not scored again.
 """
 
-import datetime
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -45,7 +45,7 @@ from extras.checkpoints import checkpoints_of
 from extras.hf_folders import checkpoint_hash, read_config
 from extras.locks import locked
 from extras.place import Place, device_of, join, lacks_memory, lost, read_ranks
-from extras.records import append, mend, trained_on
+from extras.records import append, check_output, mend, trained_on
 from extras.tasks import (LEGACY, TASKS, Example, Task, detokenize, draw, over_subjects,
                           read_examples, read_pages, read_text, stderr)
 from extras.tokenizers import Tokenizer, load_tokenizer
@@ -53,7 +53,6 @@ from model import Transformer, align, row_nats
 from prepare import open_rows, read_manifest, valid_name
 
 SEED = {"current": 1234, "legacy": 42}  # of the harness' draws
-PATIENCE = datetime.timedelta(minutes=30)  # of a rank that waits for the others
 # Ids (T + 1,) int32 of which the last K are scored, and K. The model reads all but the last id.
 Request = tuple[np.ndarray, int]
 
@@ -61,7 +60,7 @@ Request = tuple[np.ndarray, int]
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     tasks: str = key("what to score, separated by commas: valid, text:FILE, wikitext, a benchmark, "
-                     "or leaderboard: arc_challenge, hellaswag, mmlu, truthfulqa with its shots")
+                     "or leaderboard: arc_challenge, hellaswag, mmlu, truthfulqa_mc1 and _mc2")
     num_fewshot: int | None = key("solved examples in front of a question; none: 0, and for "
                                   "leaderboard 25, 10, 5, 0", None, low=0)
     convention: Literal["current", "legacy"] = key("whose rules: the harness' of today or of 2023",
@@ -89,9 +88,9 @@ class Job:
     """What every checkpoint is asked."""
     name: str
     shots: int
-    data: dict[str, str]  # file -> sha256
+    data: dict[str, str]  # what was read, named without folder -> its hash
     asked: list[Example] | list[str] | np.ndarray  # questions, whole texts, or rows
-    encoded: dict = field(default_factory=dict)  # questions as ids: checkpoints share a tokenizer
+    encoded: dict = field(default_factory=dict)  # questions as ids, once for all checkpoints
 
 
 # ---- rows -> questions ---------------------------------------------------------------------------
@@ -106,9 +105,10 @@ def rows_path(options: EvaluateOptions, name: str, split: str) -> Path:
 
 def draws_extra(options: EvaluateOptions, task: Task) -> bool:
     if options.convention == "legacy":
-        return (options.fewshot_split or task.pool) != "train"
+        return (options.fewshot_split or task.pool) in ("validation", "test")
     # The current harness compares two entries of a task's file: the split of the examples, which
-    # none of ours has, and that of the tests. Where neither is there, they are equal.
+    # none of ours has, and that of the tests. Where neither is there, they are equal. Where they
+    # are not, a question from the pool may be its own solved example, as there.
     return options.fewshot_split == ("test" if task.split == "test" else None)
 
 
@@ -119,13 +119,14 @@ def read_questions(options: EvaluateOptions, name: str, n: int) -> list[Example]
     pools, extra = read_examples(pool_path, task) if n else {}, draws_extra(options, task)
     for subject, examples in read_examples(rows_path(options, name, task.split), task).items():
         pool, rng = pools.get(subject, []), random.Random(SEED[options.convention])
-        if len(pool) < (needs := n + (n > 0 and extra and not subject)):
+        if len(pool) < (needs := n + (n > 0 and extra)):  # one more, to leave out the question
             raise Stop(DATA, f"{name}: --num_fewshot={n} needs {needs} rows{' of ' * bool(subject)}"
                        f"{subject}, {pool_path} has {len(pool)}; give fewer, or the whole file")
         if legacy:
             rng.shuffle(examples)
         for one in examples[:options.limit]:  # one rng: each draw depends on those before it
-            shots = pool[:n] if subject else draw(rng, pool, n, extra, one) if n else []
+            shots = ([s for s in pool if not extra or s != one][:n] if subject else
+                     draw(rng, pool, n, extra, one) if n else [])
             front = task.subjects.format(subject.replace("_", " ")) + "".join(
                 f"{s.contexts[s.gold]}{task.blank}{s.choices[s.gold]}\n\n" for s in shots)
             whole = {text: front + text for text in one.contexts}  # most often there is one
@@ -180,10 +181,8 @@ def batches(shapes: list[tuple[int, int]], mine: list[int], B: int, T: int) -> I
 
 def add(sums: torch.Tensor, model: Transformer, x: torch.Tensor,
         scored: list[tuple[int, int, int, int]]) -> None:
-    """Each (row and column of x, the id that follows, request): its log p onto the request's sum.
-
-    The head runs on these alone.
-    """
+    """For each (row and column of x (B, T, C), next id, request): add log p(next id) to the sum of
+    the request. The head runs on these alone."""
     if scored:
         row, column, target, request = torch.tensor(scored).T
         nats = row_nats(x[row, column][:, None], model.head_weight, target[:, None].to(x.device))
@@ -197,34 +196,33 @@ def score_batch(ckpt: Checkpoint, batch: list[tuple[list[Request], int]]) -> Ite
     group's requests goes on. At most 2 B sequences of keys and values are in memory.
     """
     model, place, B = ckpt.model, ckpt.place, ckpt.options.batch_size
-    # of each request: its group, the ids in common, its ids, and the first place that is scored
-    rows = [(b, n, ids.tolist(), len(ids) - 1 - K)
-            for b, (group, n) in enumerate(batch) for ids, K in group]
+    # of each request: its number, its group, the ids in common, its ids, the first input scored
+    requests = [(b, n, ids.tolist(), len(ids) - 1 - K)
+                for b, (group, n) in enumerate(batch) for ids, K in group]
+    rows = [(r, *request) for r, request in enumerate(requests)]
     sums, P = torch.zeros(len(rows), dtype=torch.float64), max(n for _, n in batch)
     pads = torch.tensor([P - n for _, n in batch], device=place.device)
     pads, cache, own = pads if pads.any() else None, None, None
-    rest = sorted((r for r, (_, n, ids, _) in enumerate(rows) if len(ids) - 1 > n),
-                  key=lambda r: rows[r][1] - len(rows[r][2]))
+    rest = [row for row in rows if len(row[3]) - 1 > row[2]]  # has ids of its own to be read
+    rest.sort(key=lambda row: row[2] - len(row[3]))  # the longest first
     if P:
         if rest:
-            longest = max(len(rows[r][2]) - 1 - rows[r][1] for r in rest)
-            cache = model.new_cache(len(batch), place.dtype, P + longest)
+            cache = model.new_cache(len(batch), place.dtype, P + len(rest[0][3]) - 1 - rest[0][2])
         fronts, _ = align([group[0][0][:n].tolist() for group, n in batch])
         x = model.hidden(fronts.to(place.device), cache, 0, pads)
-        add(sums, model, x, [(b, P - n + t, ids[t + 1], r) for r, (b, n, ids, first)
-                             in enumerate(rows) for t in range(first, n)])
+        add(sums, model, x, [(b, P - n + t, ids[t + 1], r) for r, b, n, ids, first in rows
+                             for t in range(first, n)])
     for part in (rest[i:i + B] for i in range(0, len(rest), B)):
         # Padding stands on the right, where causal attention keeps it from all that is scored.
-        T = max(len(rows[r][2]) - 1 - rows[r][1] for r in part)
-        idx = torch.tensor([(ids[n:-1] + [0] * T)[:T] for _, n, ids, _ in map(rows.__getitem__,
-                                                                              part)])
-        whose = torch.tensor([rows[r][0] for r in part], device=place.device)
+        T = max(len(ids) - 1 - n for _, _, n, ids, _ in part)
+        idx = torch.tensor([(ids[n:-1] + [0] * T)[:T] for _, _, n, ids, _ in part])
+        whose = torch.tensor([b for _, b, *_ in part], device=place.device)
         if cache:
+            own = None  # frees the last part's first
             own = [(k[whose], v[whose]) for k, v in cache]
         x = model.hidden(idx.to(place.device), own, P, None if pads is None else pads[whose])
-        add(sums, model, x, [(i, t - n, ids[t + 1], r) for i, r in enumerate(part)
-                             for _, n, ids, first in [rows[r]]
-                             for t in range(max(first, n), len(ids) - 1)])
+        add(sums, model, x, [(i, t - n, ids[t + 1], r) for i, (r, _, n, ids, first)
+                             in enumerate(part) for t in range(max(first, n), len(ids) - 1)])
     return iter(sums.split([len(group) for group, _ in batch]))
 
 
@@ -258,8 +256,8 @@ def encode_pair(ckpt: Checkpoint, head: list[int], context: str, continuation: s
     """Context and continuation -> ids, and how many of them are the continuation's.
 
     A continuation encoded alone would begin with a piece that it does not have in the text. So both
-    are encoded and as many ids cut off as the context's head has, the ids of all but its last
-    blanks: those go to the continuation.
+    are encoded and as many ids cut off as `head` has: those of the context without its last blanks,
+    which so go to the continuation.
     """
     if not context.strip():  # the first id needs one before it
         ids = ckpt.tokenizer.encode(context + continuation)
@@ -276,7 +274,7 @@ def windows(ids: list[int], T: int) -> list[Request]:
     """
     ends = [*range(T + 1, len(ids), T), len(ids)]
     return [(np.array(ids[max(0, end - T - 1):end], np.int32), end - start)
-            for start, end in zip([1, *ends], ends, strict=False)]
+            for start, end in itertools.pairwise([1, *ends])]
 
 
 # ---- scores: metrics and, for every item, its log-likelihoods ------------------------------------
@@ -294,8 +292,8 @@ def encode_questions(ckpt: Checkpoint, job: Job) -> tuple[list[list[Request]], i
             ids, K = encode_pair(ckpt, heads[context], context, f"{task.blank}{choice}")
             if not 0 < K <= T:
                 raise Stop(DATA, f"{job.name}, row {one.doc_id}{' of ' * bool(one.subject)}"
-                           f"{one.subject} of {task.split}.jsonl: a choice has {K} tokens; the "
-                           f"context of this model can score 1 to {T}")
+                           f"{one.subject} of {task.split}.jsonl: a choice has {K} tokens, "
+                           f"expected 1 to {T}: leave out the task, or give --max_length={K}")
             group.append((np.array(ids, np.int32), K))
         truncated += any(len(ids) > T + 1 for ids, _ in group)
         # What is furthest away is lost, BOS too. The last id is predicted and never read.
@@ -310,7 +308,7 @@ def score_choices(ckpt: Checkpoint, job: Job) -> Scores:
     if how not in job.encoded:
         job.encoded[how] = encode_questions(ckpt, job)
     groups, truncated = job.encoded[how]
-    lls, metrics = score(ckpt, groups, job.name), {"truncated": truncated}
+    lls, metrics = score(ckpt, groups, job.name), {}
     for metric, measure in task.metrics.items():
         values: dict[str, list[float]] = {}
         for one, numbers in zip(job.asked, lls, strict=True):
@@ -319,7 +317,7 @@ def score_choices(ckpt: Checkpoint, job: Job) -> Scores:
             metrics |= over_subjects(metric, values, ckpt.options.convention == "legacy")
         else:
             metrics |= {metric: fmean(values[""]), f"{metric}_stderr": stderr(values[""])}
-    return metrics, [
+    return metrics | {"truncated": truncated}, [
         dict(doc_id=one.doc_id) | (dict(subject=one.subject) if one.subject else {})
         | dict(lls=numbers) for one, numbers in zip(job.asked, lls, strict=True)]
 
@@ -341,10 +339,10 @@ def score_texts(ckpt: Checkpoint, job: Job) -> Scores:
     sums = [math.fsum(next(lls)[0] for _ in group) for group in cut]
     nats, words = -math.fsum(sums), sum(len(re.split(r"\s+", text)) for text in job.asked)
     metrics = per_token(nats, sum(K for group in cut for _, K in group),
-                        sum(len(text.encode()) for text in job.asked))
-    metrics |= dict(byte_perplexity=2 ** metrics["bits_per_byte"], words=words)
-    if nats / words < 709:  # of a text with few blanks, such as Chinese, it is more than a float
-        metrics["word_perplexity"] = math.exp(nats / words)
+                        sum(len(text.encode()) for text in job.asked)) | dict(words=words)
+    for each, n in (("byte", metrics["bytes"]), ("word", words)):
+        if nats / n < 709:  # of words in a text with few blanks, as in Chinese, exp() may overflow
+            metrics[f"{each}_perplexity"] = math.exp(nats / n)
     return metrics, [dict(doc_id=i, lls=[ll]) for i, ll in enumerate(sums)]
 
 
@@ -352,7 +350,7 @@ def score_rows(ckpt: Checkpoint, job: Job) -> Scores:
     """Held-out rows: each id predicted from those before it in its row."""
     rows = job.asked.astype(np.int32)
     lls = score(ckpt, [[(row, rows.shape[1] - 1)] for row in rows], job.name)
-    n_bytes = int(ckpt.tokenizer.piece_bytes()[rows[:, 1:]].sum())  # documents may be cut here
+    n_bytes = int(ckpt.tokenizer.piece_bytes()[rows[:, 1:]].sum())  # by id: rows cut documents
     nats = -math.fsum(ll for one in lls for ll in one)
     return (per_token(nats, rows[:, 1:].size, n_bytes),
             [dict(doc_id=i, lls=one) for i, one in enumerate(lls)])
@@ -375,11 +373,12 @@ def shots_of(options: EvaluateOptions) -> dict[str, int]:
                            "name the tasks")
             shots |= {k: task.shots for k, task in tasks.items() if task.shots is not None}
         elif name in tasks:
-            shots[name] = (options.num_fewshot or 0) if tasks[name].pool else 0
+            shots.setdefault(name, (options.num_fewshot or 0) if tasks[name].pool else 0)
         elif name in ("valid", "wikitext") or name.startswith("text:"):
-            if any(Path(one).name == Path(name).name for one in shots if one.startswith("text:")):
-                raise Stop(USAGE, f"a second text is called {Path(name).name}; rename it: results "
-                           "have the name alone")
+            last = Path(name.removeprefix("text:")).name
+            if any(Path(one.removeprefix("text:")).name == last for one in shots
+                   if one.startswith("text:") and name.startswith("text:")):
+                raise Stop(USAGE, f"a second text is called {last}; rename it: only names are kept")
             shots[name] = 0
         else:
             raise Stop(USAGE, f"unknown task {name!r}; expected some of valid, text:FILE, "
@@ -408,11 +407,9 @@ def data_of(folder: Path) -> tuple[Path, dict]:
 
 
 def check(checkpoints: list[Path], shots: dict[str, int], options: EvaluateOptions) -> None:
-    """What can be told of options, folders and tokenizers before anything is read. Raises Stop."""
-    if options.output and (Path(options.output).is_dir()
-                           or not Path(options.output).absolute().parent.is_dir()):
-        raise Stop(USAGE, f"--output={options.output} is a folder, or in one that does not exist; "
-                   "give a file, such as scores.json")
+    """What options, folders and tokenizers tell before weights and rows are read. Raises Stop."""
+    if options.output:
+        check_output(Path(options.output), b'{"runs"')
     for folder in checkpoints:
         config, tokenizer = read_config(folder), load_tokenizer(options.tokenizer or folder)
         if options.add_bos and tokenizer.bos is None:
@@ -429,6 +426,9 @@ def check(checkpoints: list[Path], shots: dict[str, int], options: EvaluateOptio
         if tokenizer.spec()["sha256"] != manifest["tokenizer"]["sha256"]:
             raise Stop(DATA, f"{data} was made with another tokenizer than {folder}'s; give the "
                        "run's own by --tokenizer=FILE")
+        if manifest["seq_len"] > (options.max_length or config.seq_len):
+            raise Stop(USAGE, f"held-out rows are scored whole, those of {data} have "
+                       f"{manifest['seq_len']} tokens, more than the context or --max_length")
         if not any(source["valid_rows"] for source in manifest["sources"]):
             raise Stop(DATA, f"{data} has no held-out rows; prepare it with --valid_rows=128")
 
@@ -461,7 +461,7 @@ def meet(options: EvaluateOptions) -> Place:
     rank, local, world = read_ranks()
     device = device_of(options.device, local)
     if world > 1:
-        join(device, rank, world, PATIENCE)
+        join(device, rank, world, Place.patience)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     return Place(rank, world, device, dtype, compile=False)
 
@@ -471,7 +471,7 @@ def entries_of(folder: Path, jobs: list[Job], options: EvaluateOptions, place: P
     config, tokenizer = read_config(folder), load_tokenizer(options.tokenizer or folder)
     add_bos = tokenizer.add_bos and options.convention == "current"
     settings = dict(
-        checkpoint=folder.resolve().name,
+        checkpoint=Path(os.path.abspath(folder)).name,  # of a link, its own name
         checkpoint_hash=None if place.rank else checkpoint_hash(folder),  # rank 0 writes results
         tokenizer_sha256=tokenizer.spec()["sha256"], convention=options.convention,
         max_length=options.max_length or config.seq_len, dtype=options.dtype,
@@ -491,7 +491,7 @@ def identity(entry: dict) -> dict:
 
 def score_checkpoint(folder: Path, jobs: list[Job], entries: list[dict], options: EvaluateOptions,
                      place: Place) -> Iterator[dict]:
-    """Fill the entries, one for each job; the checkpoint's memory is free again at the end."""
+    """Yield the entries, filled. Where nothing is new, nothing is asked and no weights are read."""
     model = Transformer.from_pretrained(folder, place.device, place.dtype).eval()
     tokenizer = load_tokenizer(options.tokenizer or folder)
     for job, entry in zip(jobs, entries, strict=True):
@@ -506,9 +506,9 @@ def score_checkpoint(folder: Path, jobs: list[Job], entries: list[dict], options
 def show(entry: dict) -> None:
     for name, value in entry["metrics"].items():
         if not name.endswith("_stderr") and "/" not in name:  # subjects: in the json
-            stderr = entry["metrics"].get(f"{name}_stderr")
-            number = f"{value:>{'12,' if isinstance(value, int) else '12.4f'}}" + (
-                f" {stderr:>8.4f}" if stderr is not None else "")
+            error = entry["metrics"].get(f"{name}_stderr")
+            number = f"{value:12,}" if isinstance(value, int) else f"{value:12.4f}"
+            number += "" if error is None else f" {error:8.4f}"
             print(f"{entry['settings']['checkpoint']:<12} {entry['task']:<20} "
                   f"{entry['num_fewshot']:>5} {'yes' if entry['add_bos'] else 'no':>3} "
                   f"{entry['n']:>6} {name:<15} {number}", flush=True)
@@ -518,7 +518,7 @@ def show_curve(entries: list[dict]) -> None:
     """A line for each checkpoint, a column for each task."""
     lines: dict[str, dict[str, str]] = {}
     for entry in entries:
-        metric = next(name for name in MAIN if name in entry["metrics"])
+        metric = next(k for k in (*MAIN, *entry["metrics"]) if k in entry["metrics"])
         line = lines.setdefault(entry["settings"]["checkpoint"], {})
         line[f"{entry['task']} {metric}"] = f"{entry['metrics'][metric]:.4f}"
     print("\n" + " ".join(["checkpoint  ", *next(iter(lines.values()))]))
@@ -541,7 +541,7 @@ def read_log(log: Path) -> list[dict]:
 def score_all(checkpoints: list[Path], jobs: list[Job], options: EvaluateOptions, place: Place,
               log: Path | None) -> None:
     """Show all entries, in order; those that the log has come from there, the others go there."""
-    done, entries = read_log(log) if log and not place.rank else [], []
+    entries, done = [], read_log(log) if log and not place.rank else []
     if not place.rank:
         print(f"{'checkpoint':<12} {'task':<20} shots BOS  items {'metric':<15} {'value':>12}   "
               "stderr")
@@ -562,7 +562,7 @@ def score_all(checkpoints: list[Path], jobs: list[Job], options: EvaluateOptions
             if log and one is None:
                 append(log, [{k: v for k, v in entry.items() if k != "items"}])
             show(entry)
-        if options.output and not place.rank:  # what a killed one has scored is not lost
+        if options.output and not place.rank:  # whole after each checkpoint, and begun anew by each
             write_atomic(Path(options.output), json.dumps({"runs": entries}) + "\n")
     if log and not place.rank:
         show_curve(entries)
@@ -572,15 +572,15 @@ def main(argv: list[str]) -> None:
     word, options = load_options(argv, EvaluateOptions, "a checkpoint or a run, such as "
                                  "out/demo/ckpt_007 or out/demo")
     shots, checkpoints = shots_of(options), chosen(Path(word), options.every)
+    check(checkpoints, shots, options)
     place = meet(options)
     try:
         if options.fetch and not place.rank:
             with locked(Path(options.data_dir)):
-                fetch_benchmarks([tasks_of(options)[name].folder or name if name in TASKS else name
+                fetch_benchmarks([(TASKS[name].folder if name in TASKS else "") or name
                                   for name in shots], Path(options.data_dir))
         if place.world > 1:
             dist.barrier()
-        check(checkpoints, shots, options)
         jobs = [*read_jobs(shots, checkpoints[0], options)]
         log = None if checkpoints == [Path(word)] else Path(word) / "evals.jsonl"
         with locked(log) if log and not place.rank else nullcontext():

@@ -26,7 +26,7 @@ from pathlib import Path
 from configs import DATA, Stop, say, sha256_file, write_atomic
 from extras.fetch import ask, fetch
 
-LIMIT = 2**30  # bytes of an archive's member: an archive may say that it is larger than any disk
+LIMIT = 2**30  # bytes of a file, and of an archive's member, which may claim more than any disk
 Files = list[tuple[str, str]]  # name and text, in the order of the archive
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, tarfile.TarError,
            zlib.error, lzma.LZMAError, struct.error)  # what reading a broken archive may raise
@@ -254,7 +254,7 @@ def fetch_origin(folder: str, origin: Origin, root: Path, index: dict) -> None:
         text = "\n".join(rows) + "\n"
         index[f"{folder}/{split}.jsonl"] = known[found] | {
             "rows": count, "rows_sha256": hashlib.sha256(text.encode()).hexdigest()}
-        # first the index: a kill in between leaves a split to be made, not one that nothing is of
+        # the index first: a kill in between leaves a split to make again, never one it lacks
         write_atomic(root / "index.json", json.dumps(index, indent=1) + "\n")
         write_atomic(where, text)
         say(f"{where}: {count:,} rows")

@@ -319,7 +319,8 @@ def listening() -> Iterator[list[int]]:
 
 
 def lacks_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("can't allocate memory", "MPS backend out of memory"))
 
 
 def lost(error: RuntimeError, place: Place, when: str, then: str) -> Stop | None:

@@ -165,6 +165,18 @@ def append(path: Path, lines: list[dict]) -> None:
                    "the same command, it goes on from there") from error
 
 
+def check_output(path: Path, begins: bytes) -> None:
+    """Refuse to write a result over anything but one like it. Raises Stop(USAGE)."""
+    there = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            there = file.read(len(begins))
+    if there not in (b"", begins) or not path.absolute().parent.is_dir() or (
+            path.exists() and not path.is_file()):
+        raise Stop(USAGE, f"--output={path} is there and something else, or in a folder that does "
+                   "not exist; give a file, such as scores.json")
+
+
 def mend(path: Path) -> None:
     """Forget a last line that a kill or a full disk cut short."""
     path.touch()

@@ -136,7 +136,8 @@ def winogrande(row: dict) -> Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """A question; its equality, by the whole row, keeps a question from being its own example."""
+    """A row as it is asked, or as it stands solved in front of others. Equal are those of equal
+    rows, so that what is asked can be left out of a draw."""
     row: dict
     contexts: list[str] = field(compare=False)  # one for each choice
     choices: list[str] = field(compare=False)
@@ -219,12 +220,12 @@ LEGACY = {  # instead of the same in TASKS
 # ---- values of all questions -> one number -------------------------------------------------------
 
 def stderr(values: list[float]) -> float | None:
-    """Of their mean; a single one has none."""
+    """The standard error of their mean; None for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def over_subjects(metric: str, values: dict[str, list[float]], legacy: bool) -> dict:
-    """One number of many subjects: each question counts the same, or of old each subject."""
+    """One number of many subjects: each question counts the same, or by legacy each subject."""
     means = {name: statistics.fmean(one) for name, one in values.items()}
     errors = {name: stderr(one) for name, one in values.items()}
     n, k = sum(map(len, values.values())), len(values)
@@ -249,7 +250,11 @@ def draw(rng: random.Random, pool: list, n: int, extra: bool, question: object) 
     others = [one for one in rng.sample(pool, n + 1) if one != question][:n]
     if len(others) == n:
         return others
-    return rng.sample([one for one in pool if one != question], n)  # copies of it were drawn
+    others = [one for one in pool if one != question]  # copies of it were drawn
+    if len(others) < n:
+        raise Stop(DATA, f"{n} solved examples were asked for, {len(others)} rows of the pool are "
+                   "not the question itself; give fewer, or the whole file")
+    return rng.sample(others, n)
 
 
 # ---- files of rows and texts ---------------------------------------------------------------------
@@ -265,7 +270,8 @@ def read_rows(path: Path, read: Callable[[dict], Any]) -> list:
         with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028
             for line in file:
                 found.append(read(json.loads(line)))
-    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError,
+            RecursionError, MemoryError) as error:  # the last two by a line of brackets
         raise Stop(DATA, f"{path}:{len(found) + 1}: not a row of {path.parent.name} as the hub has "
                    f"it: {type(error).__name__}: {error}") from error
     if not found:
@@ -277,17 +283,18 @@ def read_examples(path: Path, task: Task) -> dict[str, list[Example]]:
     """The examples of a split in the order of its file, by subject ("": all). Raises Stop(DATA)."""
     found: dict[str, list[Example]] = {}
 
-    def example(row: dict) -> Example:
+    def add(row: dict) -> None:
         context, choices, gold = task.read(row)
         contexts = [context] * len(choices) if isinstance(context, str) else context
         if not all(isinstance(text, str) for text in contexts + choices):
             raise TypeError("a choice is no text")
+        "".join(contexts + choices).encode()  # raises for half a character, as "\\ud800"
         if not 0 <= int(gold) < len(choices):
             raise ValueError(f"answer {gold!r} is none of the choices")
-        same = found.setdefault(subject := row["subject"] if task.subjects else "", [])
+        subject = row["subject"] if task.subjects else ""
+        same = found.setdefault(subject, [])
         same.append(Example(row, contexts, choices, int(gold), len(same), subject))
-        return same[-1]
-    read_rows(path, example)
+    read_rows(path, add)
     return found
 
 

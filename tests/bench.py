@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -41,6 +42,7 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 from configs import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
 from extras.checkpoints import Saver  # noqa: E402
+from extras.place import Place  # noqa: E402
 from extras.sources import open_corpus  # noqa: E402
 from extras.tokenizer_json import tokenizer_files  # noqa: E402
 from extras.tokenizers import Tokenizer, load_tokenizer, train_tokenizer  # noqa: E402
@@ -99,7 +101,7 @@ def sample(pairs: int) -> None:
               f"{ratio:>6.2f}{wanted}", flush=True)
 
 
-def score_rows(n: int) -> list[dict]:
+def made_questions(n: int) -> list[dict]:
     """Rows of HellaSwag's form: some 75 tokens of context and 25 of each ending, give or take."""
     rng = random.Random(0)
     return [dict(activity_label="Tea", ctx_a=harness.sentence(rng, rng.randint(42, 78)), ctx_b="",
@@ -114,7 +116,7 @@ def score(pairs: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "hellaswag", "validation.jsonl")
         path.parent.mkdir()
-        path.write_text("".join(json.dumps(row) + "\n" for row in score_rows(40)))
+        path.write_text("".join(json.dumps(row) + "\n" for row in made_questions(40)))
         tokenizer = load_tokenizer(tokenizer_of_32000(Path(name)))
         folder = harness.save_llama(Path(name, "llama"), tokenizer, False, ModelConfig(
             n_layer=6, n_head=6, n_embd=384, n_inner=1024, vocab_size=32032, seq_len=512))
@@ -124,13 +126,13 @@ def score(pairs: int) -> None:
         ours = Transformer.from_pretrained(folder).eval()
     requests = [Instance("loglikelihood", {}, (context, f" {choice}"), i) for i, one in
                 enumerate(asked) for context, choice in zip(one.contexts, one.choices, strict=True)]
-    place = evaluate.Place(0, 1, torch.device("cpu"), torch.float32, compile=False)
+    place = Place(0, 1, torch.device("cpu"), torch.float32, compile=False)
     n_ids = [len(tokenizer.encode("".join(one.args))) for one in requests]
 
     def us(B: int) -> list[float]:
         job = evaluate.Job("hellaswag", 0, {}, asked)  # a new one has nothing encoded
         ckpt = evaluate.Checkpoint(folder, ours, tokenizer, False, 512,
-                                   evaluate.replace(options, batch_size=B), place)
+                                   replace(options, batch_size=B), place)
         return [ll for item in evaluate.score_choices(ckpt, job)[1]
                 for ll in item["lls"]]
 
@@ -141,6 +143,9 @@ def score(pairs: int) -> None:
     ways = {("ours", options.batch_size): us} | {("lm_eval", B): them for B in (4, 8, 16, 32)}
     first, *others = [torch.tensor(work(B)) for (_, B), work in ways.items()]  # and all are warm
     worst = max((first - one).abs().max().item() for one in others)
+    if any(abs(a - b) > harness.tolerance(b) for one in others
+           for a, b in zip(first.tolist(), one.tolist(), strict=True)):
+        raise Stop(NUMERICAL, f"the two score apart, by up to {worst:.1e} nats")
     rates = {way: [] for way in ways}
     for _ in range(pairs):
         for way, work in ways.items():

@@ -3,18 +3,20 @@
     python tests/harness.py                      # all tasks, 0 shots and more, three batch sizes
     python tests/harness.py --limit=20           # of each task or subject
 
-The harness runs whole: its own tasks, groups, draws and its Hugging Face model, all from its own
-command line's function. Only the hub is replaced, by rows that both read. Those are the ones that
-developers have beside the repository, and, where these have none, made here to be awkward. So is
-the model: a small LLaMA with weights drawn large enough that its choices differ, whose context is
-too short for many questions. A log-likelihood is the same if it is within 4e-4 or 2e-6 of its size;
-a metric if nothing but such a difference of two choices moves it.
+The harness runs whole, by the function behind its command line: its own tasks, groups, draws, and
+its own scoring of a Hugging Face model. Only the hub is replaced, by rows that both read: those
+that developers have beside the repository, and, where these have none, rows made here to be
+awkward. The model is a small LLaMA with weights drawn large enough that its choices differ, and a
+context that is too short for many questions. A log-likelihood is the same if it is within 4e-4 or
+2e-6 of its size; and every metric has to be the harness' to nine digits when evaluate.py is given
+the harness' own log-likelihoods, so that nothing but their rounding can move one.
 
 Prints a line for each task; leaves nothing behind.
 """
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -88,7 +90,8 @@ def made_rows(rng: random.Random, i: int) -> dict[str, dict]:
         "copa": dict(premise=f" {sentence(rng, k).capitalize()}. ", idx=i, label=i // 2 % 2,
                      choice1=f"The {sentence(rng, 2)}.", choice2=f"I {sentence(rng, 3)}.",
                      question=("cause", "effect")[i % 2]),
-        "crows_pairs": dict(id=i, sent_more=sentence(rng, k) + " é.", sent_less=sentence(rng, k),
+        "crows_pairs": dict(id=i, sent_more=sentence(rng, k) + " é."[:2 * (i % 2)],
+                            sent_less=sentence(rng, k) + " é."[:2 - 2 * (i % 2)],
                             stereo_antistereo="stereo", bias_type="age"),
         "hellaswag": dict(
             activity_label="Tea", ctx_a=f"[header] {sentence(rng, k)} [title] Boil it.",
@@ -108,8 +111,7 @@ def made_rows(rng: random.Random, i: int) -> dict[str, dict]:
         "truthfulqa_mc": dict(
             question=sentence(rng, k), mc1_targets=dict(
                 choices=[sentence(rng, 2 + j) for j in range(n)], labels=[1] + [0] * (n - 1)),
-            mc2_targets=dict(choices=[sentence(rng, 2 + j) for j in range(len(right))],
-                             labels=right)),
+            mc2_targets=dict(choices=[sentence(rng, 1) for _ in right], labels=right)),
         "wikitext": dict(page=" = Tea = \n \n It is 1 @,@ 000 @-@ 3 \" hot \" ( or not ) , you 's "
                          f".\n = = A = = \n {sentence(rng, 40 * k)} s ' \n"),
         "winogrande": dict(sentence=f"{sentence(rng, k)} _ {sentence(rng, 3)} .", option1="Zoë ",
@@ -130,15 +132,15 @@ def write_rows(folder: Path, counts: dict[str, int], seed: int) -> None:
 
 
 def write_subjects(folder: Path, subjects: list[str]) -> None:
-    """MMLU's rows, one to three questions of each subject; the harness wants all 57."""
+    """MMLU's rows, two to four questions of each subject; the harness wants all 57."""
     rng = random.Random(6)
     for split in ("test", "dev"):
         path = folder / "mmlu" / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(
-            json.dumps(made_rows(rng, i)["mmlu"] | dict(subject=subject)) + "\n"
+            json.dumps(made_rows(rng, i)["mmlu"] | dict(subject=subject, answer=(i + k) % 4)) + "\n"
             for k, subject in enumerate(subjects)
-            for i in range(5 if split == "dev" else 1 + k % 3)))
+            for i in range(5 if split == "dev" else 2 + k % 3)))
 
 
 def all_rows(folder: Path, subjects: list[str]) -> None:
@@ -192,7 +194,7 @@ def save_llama(folder: Path, tokenizer: Tokenizer, add_bos: bool, config: ModelC
 def import_harness() -> types.SimpleNamespace:
     """What of lm_eval is used. Its Hugging Face model imports accelerate, for many GPUs alone."""
     transformers = importlib.import_module("transformers")  # first: it looks for the real one
-    assert transformers.LlamaForCausalLM
+    assert transformers.LlamaForCausalLM  # only asking for it imports it
     stand_ins = {}
     if importlib.util.find_spec("accelerate") is None:
         names = dict(Accelerator=None, InitProcessGroupKwargs=None, find_executable_batch_size=None)
@@ -202,10 +204,11 @@ def import_harness() -> types.SimpleNamespace:
         vars(sys.modules[name]).update(content)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        files = Path(importlib.import_module("lm_eval").__file__).parent / "tasks/mmlu/default"
+        tasks = Path(importlib.import_module("lm_eval").__file__).parent / "tasks"
+        files = (tasks / "mmlu/default").glob("mmlu_*.yaml")
         return types.SimpleNamespace(
             transformers=transformers, datasets=importlib.import_module("datasets"),
-            subjects=sorted(one.stem.removeprefix("mmlu_") for one in files.glob("mmlu_*.yaml")),
+            tasks=tasks, subjects=sorted(one.stem.removeprefix("mmlu_") for one in files),
             evaluate=importlib.import_module("lm_eval.evaluator").simple_evaluate,
             manager=importlib.import_module("lm_eval.tasks").TaskManager(),
             model=importlib.import_module("lm_eval.models.huggingface").HFLM,
@@ -262,68 +265,77 @@ def ask_ours(folder: Path, data: Path, words: list[str]) -> list[dict]:
 
 # ---- the comparison ------------------------------------------------------------------------------
 
-COUNTED = ("acc", "acc_norm", "pct_stereotype")  # of choices; the other metrics are continuous
-
-
 @dataclass
 class Verdict:
     """What was compared of a task."""
-    items: int
     n: int = 0  # log-likelihoods
     worst: float = 0.0  # the largest difference of two, in nats
-    tied: int = 0  # questions of which two choices lie so near that rounding may decide
-    truncated: int = 0
+    metrics: int = 0
+    moved: int = 0  # of these, shares of questions that rounding has made others
 
 
 def tolerance(ll: float) -> float:
     return max(4e-4, 2e-6 * abs(ll))
 
 
-def is_tied(lls: list[float], lengths: list[int]) -> bool:
-    """Whether two choices lie within the tolerance, as they are or per character."""
-    pairs = [(a, b, m, n) for i, (a, m) in enumerate(zip(lls, lengths, strict=True))
-             for b, n in zip(lls[:i], lengths[:i], strict=True)]
-    return any(abs(a - b) <= tolerance(a) + tolerance(b)
-               or abs(a / m - b / n) <= tolerance(a) / m + tolerance(b) / n for a, b, m, n in pairs)
+def lls_of(item: dict, name: str, theirs: dict) -> list[float]:
+    """What the harness has for an item of ours. Raises Stop(NUMERICAL) if it has no such item."""
+    task = f"mmlu_{item['subject']}" if name == "mmlu" else name
+    for sample in theirs["samples"][task]:
+        if sample["doc_id"] == item["doc_id"]:
+            return [one if isinstance(one, float) else one[0] for one in sample["filtered_resps"]]
+    raise Stop(NUMERICAL, f"{name}: the harness has no item {item['doc_id']}")
 
 
-def samples_of(name: str, theirs: dict) -> dict[tuple[str | None, int], dict]:
-    """What the harness logged of a task: (subject, number) -> sample."""
-    if name == "mmlu":
-        return {(task.removeprefix("mmlu_"), one["doc_id"]): one
-                for task, many in theirs["samples"].items() if task.startswith("mmlu_")
-                for one in many}
-    return {(None, one["doc_id"]): one for one in theirs["samples"][name]}
+def rescored(folder: Path, data: Path, words: list[str], ours: list[dict], theirs: dict[str, dict]
+             ) -> list[dict]:
+    """What evaluate.py makes of the harness' log-likelihoods; texts it scores itself."""
+    score, given = evaluate.score, {
+        one["task"]: [lls_of(item, one["task"], theirs[one["task"]]) for item in one["items"]]
+        for one in ours if one["task"] in TASKS}
+    with mock.patch.object(evaluate, "score", lambda ckpt, groups, name: given.get(name)
+                           or score(ckpt, groups, name)):
+        return ask_ours(folder, data, words)
 
 
-def compare(ours: dict, theirs: dict) -> Verdict:
-    """A task as evaluate.py and the harness scored it. Raises Stop(NUMERICAL)."""
-    name, samples = ours["task"], samples_of(ours["task"], theirs)
-    verdict = Verdict(len(samples), truncated=ours["metrics"].get("truncated", 0))
-    if samples.keys() != {(one.get("subject"), one["doc_id"]) for one in ours["items"]}:
-        raise Stop(NUMERICAL, f"{name}: not the items that the harness has")
+def perplexities(metrics: dict, nats: float) -> dict[str, float]:
+    """What the harness measures of texts, of this many words and bytes."""
+    return {"word_perplexity": math.exp(nats / metrics["words"]),
+            "byte_perplexity": math.exp(nats / metrics["bytes"]),
+            "bits_per_byte": nats / metrics["bytes"] / math.log(2)}
+
+
+def compare(ours: dict, again: dict, theirs: dict) -> Verdict:
+    """A task as evaluate.py and the harness scored it, and `again` from the harness' numbers.
+
+    Raises Stop(NUMERICAL) if an item is missing, or a log-likelihood or a metric is another.
+    """
+    name, verdict = ours["task"], Verdict()
+    n = sum(len(many) for task, many in theirs["samples"].items()
+            if task == name or name == "mmlu" and task.startswith("mmlu_"))
+    if n != len(ours["items"]):
+        raise Stop(NUMERICAL, f"{name}: {len(ours['items'])} items, the harness has {n}")
     for item in ours["items"]:
-        sample = samples[item.get("subject"), item["doc_id"]]
-        expected = [one if isinstance(one, float) else one[0] for one in sample["filtered_resps"]]
-        off = [abs(a - b) for a, b in zip(item["lls"], expected, strict=True)]
-        if not all(d <= tolerance(b) for d, b in zip(off, expected, strict=True)):
-            raise Stop(NUMERICAL, f"{name}: {item}, the harness has {expected}")
-        verdict.n, verdict.worst = verdict.n + len(off), max(verdict.worst, *off)
-        lengths = [max(1, len(one[-1].removeprefix(" "))) for one in sample["arguments"]]
-        verdict.tied += is_tied(expected, lengths)
-    compared = 0
-    for metric, theirs_is in theirs["results"][name].items():
-        metric = metric.removesuffix(",none")
-        if metric not in ours["metrics"] or theirs_is in ("N/A", None):
-            continue
-        ours_is, compared = ours["metrics"][metric], compared + 1
-        if name.endswith("mc2") or metric.removesuffix("_stderr") not in COUNTED:
-            equal = math.isclose(ours_is, theirs_is, rel_tol=1e-4, abs_tol=8e-4)
-        else:
-            equal = abs(ours_is - theirs_is) <= 1e-9 + verdict.tied / len(samples)
-        if not equal:
-            raise Stop(NUMERICAL, f"{name}: {metric} is {ours_is}, the harness has {theirs_is}")
-    assert compared, name
+        for a, b in zip(item["lls"], expected := lls_of(item, name, theirs), strict=True):
+            verdict.n, verdict.worst = verdict.n + 1, max(verdict.worst, abs(a - b))
+            if not abs(a - b) <= tolerance(b):
+                raise Stop(NUMERICAL, f"{name}: {item}, the harness has {expected}")
+    nats = -sum(one for item in ours["items"] for one in lls_of(item, name, theirs))
+    for label, expected in theirs["results"][name].items():
+        metric, kind, _ = label.partition(",")
+        if not kind or (expected == "N/A" and again["metrics"].get(metric) is None):
+            continue  # names and counts; and what has no error, in neither
+        found = again["metrics"].get(metric)
+        if name == "wikitext":  # in ours its own formula, and with the harness' sum the harness'
+            mine = -sum(item["lls"][0] for item in ours["items"])
+            found = perplexities(ours["metrics"], nats)[metric] if math.isclose(
+                perplexities(ours["metrics"], mine)[metric], ours["metrics"][metric]) else None
+        if found is None or expected == "N/A" or not math.isclose(found, expected, rel_tol=1e-9,
+                                                                  abs_tol=1e-12):
+            raise Stop(NUMERICAL, f"{name}: {metric} is {found}, the harness has {expected}")
+        verdict.metrics += 1
+        verdict.moved += metric in ("acc", "acc_norm", "pct_stereotype") and not (
+            name.endswith("mc2") or math.isclose(ours["metrics"][metric], expected))
     return verdict
 
 
@@ -343,18 +355,18 @@ def compare_all(harness: types.SimpleNamespace, folder: Path, data: Path, names:
     began = time.monotonic()
     found = {B: ask_ours(folder, data, [*words, f"--batch_size={B}"]) for B in BATCHES}
     took, began = time.monotonic() - began, time.monotonic()
-    model, theirs = harness_model(harness, folder, 2), {}
-    for one in found[BATCHES[0]]:
-        theirs[one["task"]] = ask_harness(harness, model, data, [one["task"]], one["num_fewshot"],
-                                          limit)
-    for many in zip(*found.values(), strict=True):
-        verdicts = [compare(one, theirs[one["task"]]) for one in many]
-        print(f"{many[0]['task']:<20} {many[0]['num_fewshot']:>5} {str(many[0]['add_bos']):>5} "
-              f"{verdicts[0].items:>5} {verdicts[0].n:>6} {verdicts[0].truncated:>9} "
-              f"{verdicts[0].tied:>4}  " + " ".join(f"{one.worst:>8.1e}" for one in verdicts),
-              flush=True)
-    print(f"  ours, {len(BATCHES)} times: {took:.0f} s; the harness, once: "
-          f"{time.monotonic() - began:.0f} s", flush=True)
+    model, ours = harness_model(harness, folder, 2), found[BATCHES[0]]
+    theirs = {one["task"]: ask_harness(harness, model, data, [one["task"]], one["num_fewshot"],
+                                       limit) for one in ours}
+    told = time.monotonic() - began
+    for again, *many in zip(rescored(folder, data, words, ours, theirs), *found.values(),
+                            strict=True):
+        name, verdicts = again["task"], [compare(one, again, theirs[again["task"]]) for one in many]
+        print(f"{name:<20} {again['num_fewshot']:>5} {str(again['add_bos']):>5} "
+              f"{again['n']:>5} {verdicts[0].n:>6} {again['metrics'].get('truncated', 0):>9} "
+              f"{verdicts[0].metrics:>7} {sum(one.moved for one in verdicts):>5}  "
+              + " ".join(f"{one.worst:>8.1e}" for one in verdicts), flush=True)
+    print(f"  ours, {len(BATCHES)} times: {took:.0f} s; the harness, once: {told:.0f} s")
 
 
 def main(argv: list[str]) -> None:
@@ -373,7 +385,7 @@ def main(argv: list[str]) -> None:
         folders = {bos: save_llama(Path(name) / str(bos), tokenizer, bos, config)
                    for bos in (True, False)}
         print(f"{'task':<20} {'shots':>5} {'BOS':>5} {'items':>5} {'lls':>6} {'truncated':>9} "
-              f"{'tied':>4}  largest difference, nats, at batch sizes {BATCHES}")
+              f"{'metrics':>7} {'moved':>5}  largest difference, nats, at batch sizes {BATCHES}")
         every = ",".join([*TASKS, "wikitext"])
         others = ",".join(name for name, task in TASKS.items() if task.shots is None)
         for bos, names, shots in ((True, every, 0), (False, every, 0), (True, "leaderboard", None),

@@ -205,9 +205,12 @@ def soak(root: Path, kills: int, dice: random.Random) -> None:
         with_output = dice.random() < 0.5
         aim = take_aim(dice, should, n, content(log).count(b"\n"), with_output)
         (root / "scores.json.part").unlink(missing_ok=True)  # it would tell nothing of this one
+        stood = content(log).count(b"\n")
         child, starts = start(root, with_output), starts + 1
         if n < kills and left and (came := kill(child, root, aim)):
             compare_killed(root, should)
+            if content(log).count(b"\n") < stood:
+                raise Stop(CHECKPOINT, f"{stood} scores stood in {log} before the last start")
             left -= 1
             if n % 3 == 0:
                 lose_power(log, dice)
