@@ -375,14 +375,13 @@ def shots_of(options: EvaluateOptions) -> dict[str, int]:
         elif name in tasks:
             shots.setdefault(name, (options.num_fewshot or 0) if tasks[name].pool else 0)
         elif name in ("valid", "wikitext") or name.startswith("text:"):
-            last = Path(name.removeprefix("text:")).name
-            if any(Path(one.removeprefix("text:")).name == last for one in shots
-                   if one.startswith("text:") and name.startswith("text:")):
-                raise Stop(USAGE, f"a second text is called {last}; rename it: only names are kept")
             shots[name] = 0
         else:
             raise Stop(USAGE, f"unknown task {name!r}; expected some of valid, text:FILE, "
                        f"leaderboard, wikitext, {', '.join(tasks)}, separated by commas")
+    texts = [Path(name.removeprefix("text:")).name for name in shots if name.startswith("text:")]
+    if double := [name for i, name in enumerate(texts) if name in texts[:i]]:
+        raise Stop(USAGE, f"a second text is called {double[0]}; rename it: only names are kept")
     return shots
 
 

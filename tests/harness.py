@@ -247,13 +247,9 @@ def local_hub(harness: types.SimpleNamespace, data: Path) -> Iterator[None]:
 def ask_harness(harness: types.SimpleNamespace, model: object, data: Path, names: list, shots: int,
                 limit: int | None) -> dict:
     """What its command line would print and log."""
-    with local_hub(harness, data), contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            return harness.evaluate(model, tasks=names, num_fewshot=shots, limit=limit,
-                                    bootstrap_iters=1, task_manager=harness.manager)
-        except Exception:
-            print(said.getvalue(), file=sys.stderr)
-            raise
+    with local_hub(harness, data), contextlib.redirect_stderr(io.StringIO()):  # bars of its own
+        return harness.evaluate(model, tasks=names, num_fewshot=shots, limit=limit,
+                                bootstrap_iters=1, task_manager=harness.manager)
 
 
 def ask_ours(folder: Path, data: Path, words: list[str]) -> list[dict]:
