@@ -53,8 +53,8 @@ from extras.place import (Clock, Place, Watch, choose_place, clip, exchange, exp
 from extras.plan import PlanOptions, print_plan, rows_of
 from extras.provenance import documents_of
 from extras.records import (QUEUE, SPIKE, WINDOW, exact_facts, failed, is_validated, judge,
-                            open_journal, parent_of, read_run, recent_losses, save_run, spike,
-                            truncate_metrics, without, write_run)
+                            metrics_hash, open_journal, parent_of, read_run, recent_losses,
+                            save_run, spike, truncate_metrics, without, write_run)
 from extras.tokenizers import load_tokenizer
 from model import (IGNORE, Block, Transformer, flops_per_token, hardware, init_weights,
                    param_groups, parameters, peak_flops, peak_memory)
@@ -479,7 +479,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
                     f"  loss {loss_now:.4f}  lr {lr:.2e}  norm {norm_now:.2f}  {speed:,.0f} tok/s"
                     f"  {datetime.timedelta(seconds=round(left))} left")
             if due:  # its line is in metrics.jsonl by now
-                saver.save(name, ledger(plan, manifest, place, optimizer, state, config))
+                saver.save(name, ledger(plan, manifest, place, optimizer, state, config, out))
             else:
                 saver.check()
             if told and step < plan.stop:
@@ -503,11 +503,15 @@ def tidy(out: Path, step: int, plan: Plan, validated: bool) -> None:
 
 
 def ledger(plan: Plan, manifest: dict, place: Place, optimizer: torch.optim.Optimizer, state: dict,
-           config: Config) -> dict:
+           config: Config, out: Path) -> dict:
     """What state.json says: where the run stands, what it came from, what it was trained with."""
     visit = plan.visit_of(state["step"])
     epoch, chunk = plan.queue[visit]
+    # replay --verify holds chunk and lines to these. Read again: the chunk may be newer than ours.
+    files = read_manifest(Path("data") / config.data.dataset)["files"]
     return state | {
+        "chunk_sha256": files[chunk_name(chunk)]["sha256"],
+        "metrics_sha256": metrics_hash(out / "metrics.jsonl", visit, plan.steps_per_visit),
         "format": FORMAT, "visit": visit, "chunk": chunk, "epoch": epoch,
         "skipped": list(state["skipped"]),  # the loop goes on with its own
         "consumed": plan.queue[:state["step"] // plan.steps_per_visit],
