@@ -15,6 +15,7 @@ the same. Reads the sources of the run file; writes data/<dataset>/, whole or no
     tokenizer.model     (or .tiktoken, .json) what the rows were made with
     train_000.bin ...   rows of seq_len + 1 token ids, uint16 or uint32, C order, no header
     valid_<source>.bin  held-out rows
+    canaries.json       strings planted in the rows, and where, if any are: extras/canaries.py
     provenance/         the way back. <chunk>.npy: (source, epoch, row of its stream) of every row;
                         <source>_epoch_<e>.npy, <source>_held_out.npy (epoch -1): (first token of a
                         document in the stream, number of its file, line); <source>_files.json.
@@ -25,14 +26,13 @@ Until then all is in data/<dataset>.part/, and the same command goes on after a 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -42,9 +42,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Source, Stop, key, load,
+from configs import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Source, Stop, hash_json, key, load,
                      read_sealed, run, say, sha256_file, sync, write_atomic, write_sealed)
 from extras.bill import bill
+from extras.canaries import TIMES, lay_out, plant
 from extras.fetch import HubOptions, fetch_command, shown
 from extras.locks import is_locked, locked
 from extras.sources import Corpus, is_remote, open_corpus
@@ -134,8 +135,7 @@ def hold_out(corpus: Corpus, index: int, work: Work) -> Streams:
     Whole documents by hash where there are 100 or more, or where every epoch rewrites them, so that
     a row of one is in none of another; else single rows of the one stream.
     """
-    data, stream = work.config.data, tokenize(corpus, 0, work)
-    held_rows = None
+    data, stream, held_rows = work.config.data, tokenize(corpus, 0, work), None
     if stream.counts["documents"] < 100 and not corpus.source.fim_rate:
         n = n_rows(stream.counts["tokens"], work)
         n_valid = max(0, min(data.valid_rows, int(np.ceil(n * data.valid_share)), n - 1))
@@ -210,12 +210,11 @@ def write_held_out(s: int, part: Streams, work: Work, out: Path) -> int:
     """Write a source's held-out rows and where they come from; how many there are."""
     name, limit, found, numbers = part.corpus.source.name, work.config.data.valid_rows, [], []
     for at, rows in part.blocks(0, True, work):
-        room = limit - sum(map(len, found))
-        found, numbers = found + [rows[:room].copy()], numbers + at[:room].tolist()
+        room = limit - len(numbers)
+        found, numbers = found + [rows[:room].astype(work.dtype)], numbers + at[:room].tolist()
         if room <= len(rows) and part.held_rows is None:
             break
-    (out / valid_name(name)).write_bytes(b"".join(rows.astype(work.dtype).tobytes()
-                                                  for rows in found))
+    (out / valid_name(name)).write_bytes(b"".join(found))
     origin = np.array([(s, HELD_OUT, number) for number in numbers], np.int64).reshape(-1, 3)
     np.save(out / "provenance" / f"{valid_name(name)}.npy", origin)
     write_documents(out / "provenance" / f"{name}_held_out.npy", part.stream(0), part.side(True))
@@ -332,9 +331,10 @@ def show(folder: Path, manifest: dict) -> None:
         cells = [word.rjust(width) for word, width in zip(line, widths, strict=True)]
         print("  ".join([line[0].ljust(widths[0]), *cells[1:-1], line[-1]]).rstrip())
     for one in manifest["sources"]:
-        if one["notes"]:
-            print(f"noticed in {one['name']}:", ", ".join(
-                f"{k} {v:,}" for k, v in one["notes"].items()))
+        if notes := ", ".join(f"{k} {v:,}" for k, v in one["notes"].items()):
+            print(f"noticed in {one['name']}: {notes}")
+    if n := manifest["recipe"].get("canaries"):
+        print(f"planted: {n * len(TIMES)} canaries, {n * sum(TIMES):,} times")
 
 
 def verify(folder: Path, manifest: dict) -> None:
@@ -366,6 +366,7 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
                                     revision=c.revision))
     keys = ("n_chunks", "rows_per_chunk", "valid_share", "valid_rows", "seed", "text_key",
             "encoding", "special_tokens", "bos", "overlap")
+    keys += ("canaries",) * (data.canaries > 0)  # a set without has the hash that it always had
     return dict(format=FORMAT, sources=sources, seq_len=config.model.seq_len,
                 vocab_size=config.model.vocab_size,
                 tokenizer=name if known else load_tokenizer(
@@ -373,25 +374,23 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
                 **{k: getattr(data, k) for k in keys})
 
 
+def data_hash(recipe: dict, tokenizer: str) -> str:
+    """Of a recipe and its tokenizer's sha256: another sentencepiece may train another one of it."""
+    return hash_json(recipe | {"sha256": tokenizer})
+
+
 def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dict]) -> dict:
     """The manifest of a set, without its files."""
-    # Another release of sentencepiece may train another tokenizer from the same recipe.
-    follows = recipe | {"sha256": work.tokenizer.spec()["sha256"]}
-    return dict(
-        format=FORMAT, recipe=recipe,
-        data_hash=hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest(),
-        tokenizer=work.tokenizer.spec(), seq_len=work.row - 1, dtype=work.dtype,
-        seed=work.config.data.seed, n_chunks=work.config.data.n_chunks,
-        rows_per_chunk=rows_per_chunk, sources=sources, files={})
+    spec, data = work.tokenizer.spec(), work.config.data
+    return dict(format=FORMAT, recipe=recipe, data_hash=data_hash(recipe, spec["sha256"]),
+                tokenizer=spec, seq_len=work.row - 1, dtype=work.dtype, seed=data.seed,
+                n_chunks=data.n_chunks, rows_per_chunk=rows_per_chunk, sources=sources, files={})
 
 
-def set_files(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
-                  if p.is_file() and not p.name.startswith("manifest.json"))
-
-
-def file_facts(folder: Path, names: list[str], work: Work) -> dict[str, dict]:
-    """For the manifest: sha256 and, of those with rows, how many, of the files of a set."""
+def file_facts(folder: Path, work: Work, names: Iterable[str] = ()) -> dict[str, dict]:
+    """For the manifest: sha256 and, of those with rows, how many, of some or all files of a set."""
+    names = [*names] or sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
+                               if p.is_file() and not p.name.startswith("manifest.json"))
     width = work.row * np.dtype(work.dtype).itemsize
     with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
         hashes = pool.map(lambda name: sha256_file(folder / name), names)
@@ -411,7 +410,9 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
         epochs = n * data.n_chunks / part.rows(0, work)
         for epoch in range(1, int(np.ceil(epochs - 0.01)) if part.corpus.source.fim_rate else 1):
             part.streams.append(tokenize(part.corpus, epoch, work))
+    laid = lay_out(work, sum(per_chunk))  # or refused, before all rows are dealt
     deal(parts, per_chunk, work, out)
+    plant(laid, work, out, [chunk_name(k) for k in range(data.n_chunks)])
     write_origins(parts, per_chunk, work, out)
     sources = []
     for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
@@ -423,8 +424,7 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
             tokens=counts["tokens"] - counts["held_tokens"] * (part.held_rows is None),
             epochs=round(used / rows, 4), valid_rows=write_held_out(s, part, work, out),
             rows_left_out=max(0, rows - used)))
-    files = file_facts(out, set_files(out), work)
-    return manifest_of(recipe, work, sum(per_chunk), sources) | dict(files=files)
+    return manifest_of(recipe, work, sum(per_chunk), sources) | dict(files=file_facts(out, work))
 
 
 def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) -> None:
@@ -472,7 +472,7 @@ def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) ->
                           for kind in sorted({*one["notes"], *notes})},
                    rows_left_out=one["rows_left_out"] + all_rows - n)
     names = [name for name, _ in files]
-    facts = file_facts(out, names + [f"provenance/{name}.npy" for name in names], work)
+    facts = file_facts(out, work, names + [f"provenance/{name}.npy" for name in names])
     if changed := [n for n in facts if manifest["files"].get(n, facts[n]) != facts[n]]:
         raise Stop(DATA, f"{out / changed[0]} is not what it was when it was made before")
     manifest["files"] |= facts
@@ -501,7 +501,7 @@ def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, t
         if not folder.exists():
             (out / "provenance" / f"{corpus.source.name}_files.json").write_text(
                 json.dumps([file.name for file in corpus.files]), encoding="utf-8")
-            manifest["files"] |= file_facts(out, set_files(out), work)
+            manifest["files"] |= file_facts(out, work)
         write_sealed(where / "manifest.json", manifest)
         if not folder.exists():
             publish(out, folder)
@@ -531,10 +531,10 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
             order = permutation(len(corpus.files), data.seed, FILE_ORDER, s)
             corpus.files = [corpus.files[i] for i in order]
     recipe = recipe_of(config, corpora)
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hash_json(recipe)[:16]
     if made:
-        manifest = read_manifest(folder)
-        if differs := [k for k in recipe if manifest["recipe"].get(k) != recipe[k]]:
+        was = read_manifest(folder)["recipe"]
+        if differs := [k for k in was | recipe if was.get(k) != recipe.get(k)]:
             raise Stop(DATA, f"{folder} holds another data set (other {', '.join(differs)}); "
                        "nothing was changed: give --dataset=NAME, here and to train.py, or remove "
                        f"{folder}")

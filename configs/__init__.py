@@ -142,6 +142,8 @@ class DataConfig:
                                  "gives up", 0, low=0, free=True)
     keep_downloads: bool = key("keep what was fetched, in data/downloads, after it was read", True,
                                free=True)
+    canaries: int = key("marked strings planted once, as many ten times and as many a hundred "
+                        "times, to measure memorization by; 0: none", 0, low=0)
     workers: int = key("processes that tokenize; 0: one per core", 0, low=0, free=True)
 
 
@@ -423,6 +425,9 @@ def check(config: Config) -> None:
         errors.append(f"two sources have one name: {', '.join(names)}")
     if any(source.rows for source in d.sources) and len(d.sources) > 1:
         errors.append("a source of ready rows is the only one: its lines name theirs")
+    if any(source.rows for source in d.sources) and d.canaries:
+        errors.append(f"canaries = {d.canaries}, but they are planted in text, and the rows of a "
+                      "release stay as they were released: give --canaries=0")
     if errors:
         raise Stop(USAGE, "\n".join(errors))
 
@@ -461,6 +466,11 @@ def sha256_file(path: str | Path) -> str:
     """The hex sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(content: dict) -> str:
+    """The hex sha256 of json, its keys in order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: str | Path) -> None:
