@@ -1,5 +1,6 @@
 """How fast, and how large: generation against transformers', scoring against the reference harness,
-tokenizing, the drawing of a 7B's weights, and what train.py's saves and 10,000 steps cost.
+tokenizing, the drawing of a 7B's weights, what train.py's saves and 10,000 steps cost, the search
+for a text in chunks.
 
     python tests/bench.py sample          # generation against transformers' generate
     python tests/bench.py score           # 40 questions of 4 choices against lm_eval's model
@@ -8,9 +9,10 @@ tokenizing, the drawing of a 7B's weights, and what train.py's saves and 10,000 
     python tests/bench.py init            # seconds of one core to draw the weights of a 7B
     python tests/bench.py saving          # the demo's first chunk with and without its save
     python tests/bench.py memory          # train.py from step 1,000 to 10,000, saved each 100
+    python tests/bench.py search          # a text in 2 GB of chunks, as analyze.py trace seeks it
 
-All but init and memory run all programs in one process, on the same input, in turn, so that a busy
-machine slows all, and compare medians; --pairs=N takes N of each. The first three need
+All but init, memory and search run all programs in one process, on the same input, in turn, so that
+a busy machine slows all, and compare medians; --pairs=N takes N of each. The first three need
 transformers, score lm_eval too. Leaves nothing behind.
 """
 
@@ -34,6 +36,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -43,6 +46,8 @@ import train  # noqa: E402
 from configs import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
 from extras.checkpoints import Saver  # noqa: E402
 from extras.place import Place  # noqa: E402
+from extras.provenance import Part  # noqa: E402
+from extras.search import find_text  # noqa: E402
 from extras.sources import open_corpus  # noqa: E402
 from extras.tokenizer_json import tokenizer_files  # noqa: E402
 from extras.tokenizers import Tokenizer, load_tokenizer, train_tokenizer  # noqa: E402
@@ -403,9 +408,45 @@ def memory(pairs: int) -> None:
           f"between; {files} open files, then {more}")
 
 
+def search(pairs: int) -> None:
+    """2 GB of rows of random ids, in each chunk the text in the middle of a row and over the end of
+    another; a short text and a long one, that is with a pair of anchors and with eight."""
+    text = "".join(library(2_000_000))
+    with tempfile.TemporaryDirectory() as name:
+        folder, rng = Path(name), np.random.default_rng(0)
+        tokenizer = load_tokenizer(tokenizer_of_32000(folder))
+        texts = {"a short text": text[5000:5120], "a long text": text[9000:13000]}
+        ids = {what: np.array(tokenizer.encode(one)) for what, one in texts.items()}
+        n, T1, n_chunks, planted = 61_000, 2049, 8, {what: [] for what in texts}
+        manifest = dict(seq_len=T1 - 1, dtype="uint16", sources=[dict(name="made")],
+                        files={f"train_{k:03d}.bin": dict(rows=n) for k in range(n_chunks)},
+                        recipe=dict(overlap=False, sources=[dict(name="made", rows=True)]))
+        for file in manifest["files"]:
+            rows = rng.integers(3, tokenizer.vocab_size, (n, T1), np.uint16)
+            for i, (what, one) in enumerate(ids.items()):
+                row, most = int(rng.integers(1000)) + 2000 * i, len(one) * 3 // 4
+                rows[row, 300:300 + len(one)] = one
+                rows[row + 9000, -most:] = one[:most]  # the rest of it is not there
+                planted[what] += [Part(file, row, 300, 300 + len(one)),
+                                  Part(file, row + 9000, T1 - most, T1)]
+            rows.tofile(folder / file)
+        size = n * T1 * 2 * n_chunks
+        for what, one in texts.items():
+            found = find_text(folder, manifest, tokenizer, one)  # and all is in the page cache
+            if found != sorted(planted[what]):
+                raise Stop(NUMERICAL, f"{what}: found in {len(found)} rows, not in the "
+                           f"{len(planted[what])} it was put in")
+            rate = size / 1e6 / statistics.median(seconds(
+                lambda one=one: find_text(folder, manifest, tokenizer, one)) for _ in range(pairs))
+            print(f"{what} of {len(ids[what])} ids in {size / 1e9:.2f} GB, {os.cpu_count()} cores, "
+                  f"median of {pairs}: {rate:,.0f} MB/s (at least 500 wanted)")
+            if rate < 500:
+                raise Stop(NUMERICAL, f"{what}: {rate:.0f} MB/s, expected 500 or more")
+
+
 def main(argv: list[str]) -> None:
     works = {"sample": sample, "tokenize": tokenize, "long": long, "init": init, "saving": saving,
-             "memory": memory, "score": score}
+             "memory": memory, "score": score, "search": search}
     pairs = re.fullmatch("--pairs=([1-9][0-9]*)", argv[1] if len(argv) == 2 else "--pairs=5")
     if len(argv) not in (1, 2) or argv[0] not in works or not pairs:
         raise Stop(USAGE, f"expected one of {', '.join(works)} and, if you like, --pairs=N")
