@@ -38,13 +38,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, Stop, key, load_options, run,
-                     sha256_file, write_atomic)
+from configs import (CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sha256_file,
+                     write_atomic)
 from extras.benchmarks import fetch_benchmarks
 from extras.checkpoints import checkpoints_of
 from extras.hf_folders import checkpoint_hash, read_config
 from extras.locks import locked
-from extras.place import Place, device_of, join, lacks_memory, lost, read_ranks
+from extras.place import Place, explain_reading, meet
 from extras.records import append, check_output, mend, trained_on
 from extras.tasks import (LEGACY, TASKS, Example, Task, detokenize, draw, over_subjects,
                           read_examples, read_pages, read_text, stderr)
@@ -455,16 +455,6 @@ def read_jobs(shots: dict[str, int], folder: Path, options: EvaluateOptions) -> 
                                 for split in splits}, questions)
 
 
-def meet(options: EvaluateOptions) -> Place:
-    """Alone, or under torchrun, where each rank scores its share of the questions."""
-    rank, local, world = read_ranks()
-    device = device_of(options.device, local)
-    if world > 1:
-        join(device, rank, world, Place.patience)
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    return Place(rank, world, device, dtype, compile=False)
-
-
 def entries_of(folder: Path, jobs: list[Job], options: EvaluateOptions, place: Place) -> list[dict]:
     """What is known of each score before it is measured; metrics, n and items are still empty."""
     config, tokenizer = read_config(folder), load_tokenizer(options.tokenizer or folder)
@@ -572,7 +562,7 @@ def main(argv: list[str]) -> None:
                                  "out/demo/ckpt_007 or out/demo")
     shots, checkpoints = shots_of(options), chosen(Path(word), options.every)
     check(checkpoints, shots, options)
-    place = meet(options)
+    place = meet(options.device, options.dtype)
     try:
         if options.fetch and not place.rank:
             with locked(Path(options.data_dir)):
@@ -585,12 +575,7 @@ def main(argv: list[str]) -> None:
         with locked(log) if log and not place.rank else nullcontext():
             score_all(checkpoints, jobs, options, place, log)
     except RuntimeError as error:
-        if lacks_memory(error):
-            raise Stop(ENVIRONMENT, f"out of memory at --batch_size={options.batch_size}; give a "
-                       "smaller one, or --dtype=bfloat16") from error
-        if said := lost(error, place, "", ""):
-            raise said from error
-        raise
+        raise explain_reading(error, options.batch_size, place) or error from error
     if place.world > 1:
         dist.destroy_process_group()
 

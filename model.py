@@ -384,7 +384,8 @@ class Transformer(nn.Module):
         device, T_max = idx.device, self.config.seq_len
         cast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if cast else self.head_weight.dtype
-        cache, start, made = self.new_cache(idx.size(0), dtype), 0, [idx]
+        length = min(T_max, idx.size(1) + max_new_tokens)
+        cache, start, made = self.new_cache(idx.size(0), dtype, length), 0, [idx]
         all_pads = None if lengths is None else idx.size(1) - lengths.to(device)  # (B,)
         idx, pads = window(made, T_max, all_pads)
         head = self.head_weight  # (V, C)

@@ -168,6 +168,16 @@ def join(device: torch.device, rank: int, world: int, patience: datetime.timedel
                    f"{world} started? Another port: torchrun --master_port=29501 ...") from error
 
 
+def meet(device: str, dtype: str) -> Place:
+    """For those who read checkpoints: alone, or under torchrun, where each rank has the whole model
+    and a share of what is asked. Raises Stop(ENVIRONMENT)."""
+    rank, local, world = read_ranks()
+    where = device_of(device, local)
+    if world > 1:
+        join(where, rank, world, Place.patience)
+    return Place(rank, world, where, getattr(torch, dtype), compile=False)
+
+
 def exchange(numbers: Sequence[torch.Tensor | float], place: Place) -> np.ndarray:
     """(ranks, n) float64: these n numbers of every rank. The CPU waits here for the device."""
     mine = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=place.device)
@@ -332,6 +342,15 @@ def lost(error: RuntimeError, place: Place, when: str, then: str) -> Stop | None
     reason = re.sub(r"^\[[^]]*\] *", "", text.splitlines()[0]).split(". ")[0]
     return Stop(ENVIRONMENT, f"rank {place.rank} lost the others{when} ({reason}): one of them "
                 f"ended, its own last line says why; the same command goes on{then}")
+
+
+def explain_reading(error: RuntimeError, batch_size: int, place: Place) -> Stop | None:
+    """The line a user can act on when memory or a rank is lost while checkpoints are read; None for
+    anything else."""
+    if lacks_memory(error):
+        return Stop(ENVIRONMENT, f"out of memory at --batch_size={batch_size}; give a smaller one, "
+                    "or --dtype=bfloat16")
+    return lost(error, place, "", "")
 
 
 def explain(error: RuntimeError, config: Config, place: Place, step: int) -> Stop | None:

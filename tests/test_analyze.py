@@ -151,7 +151,8 @@ def test_bad_input(room, capsys):  # noqa: F811
     before = hashes(Path("out"))
     capsys.readouterr()
     for argv, code, parts in (
-            ([], 2, ["expected: replay RUN"]), (["report", "out/tiny"], 2, ["'report'"]),
+            ([], 2, ["expected memorization, trace, batch, replay and a run"]),
+            (["report", "out/tiny"], 2, ["'report'"]),
             (["replay"], 2, ["expected a run"]),
             (["replay", "out"], 2, ["out/run.json is missing"]),
             (["replay", "out/tiny", "--visit=1"], 2, ["no checkpoint 1", "it has 0"]),
