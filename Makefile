@@ -1,4 +1,5 @@
 # make demo: text -> tokens -> model -> sample -> score, on two CPU cores, in a few minutes.
+# make demo-analysis: the demo with strings planted in it, and what its checkpoints remember.
 # make crystal-mini: CrystalCoder's three stages in small, on the same text, in about seven minutes.
 # make test: the whole test suite.
 # make mup: the learning-rate sweep of README.md, about 20 minutes on two cores; writes assets/mup.*.
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo crystal-mini test mup proofs
+.PHONY: demo demo-analysis crystal-mini test mup proofs
 
 demo: .venv/run
 	$(RUN) prepare.py configs/demo.py
@@ -25,6 +26,14 @@ demo: .venv/run
 	@echo "     $(RUN) sample.py out/demo/ckpt_000 --prompt='def read(self, '"
 	@echo "3. another learning rate, in a folder of its own:"
 	@echo "     $(RUN) train.py configs/demo.py --lr=1e-3 --run=demo_lr1e-3"
+
+demo-analysis: .venv/plot
+	$(RUN) prepare.py configs/demo_canaries.py
+	$(RUN) train.py configs/demo_canaries.py
+	$(RUN) analyze.py memorization out/demo_canaries --rows=100 --plot
+	$(RUN) analyze.py trace out/demo_canaries --document=prose/threading.py:1
+	$(RUN) analyze.py batch out/demo_canaries --step=500
+	$(RUN) analyze.py replay out/demo_canaries --verify
 
 # A stage is prepared with the tokenizer of the first and starts from the checkpoint before it.
 crystal-mini: .venv/run
@@ -46,9 +55,10 @@ mup: .venv/dev
 	$(RUN) tests/mup.py
 
 # The last three: every visit of the demo trained again, with a chunk that fails once and is put off.
-proofs: mup demo
+proofs: mup demo demo-analysis
 	$(RUN) tests/bench.py sample
 	$(RUN) tests/bench.py score
+	$(RUN) tests/bench.py search
 	$(RUN) tests/bench.py init
 	$(RUN) tests/bench.py tokenize
 	$(RUN) tests/bench.py long
@@ -60,6 +70,7 @@ proofs: mup demo
 	$(RUN) tests/soak_score.py --kills=20
 	$(RUN) tests/parity.py
 	$(RUN) tests/harness.py
+	$(RUN) tests/tamper.py out/demo_canaries
 	$(RUN) analyze.py replay out/demo
 	$(RUN) tests/fault.py --chunk=2 --once -- configs/demo.py --run=demo_late --on_nonfinite=defer
 	$(RUN) analyze.py replay out/demo_late
@@ -69,6 +80,10 @@ proofs: mup demo
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/plot: requirements-dev.txt .venv/run
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(shell grep ^matplotlib requirements-dev.txt)
 	touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
