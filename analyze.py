@@ -56,7 +56,7 @@ from extras.hf_folders import checkpoint_hash, read_config, verify, weight_files
 from extras.locks import locked
 from extras.place import Place, choose_place, exchange, explain, explain_reading, meet
 from extras.provenance import documents_of, find_document, sources_of
-from extras.records import append, exact_facts, mend, parent_of, say_inexact
+from extras.records import append, differing, exact_facts, mend, parent_of, say_inexact
 from extras.runs import Run, open_run, read_record
 from extras.samples import Asked, draw, read_sample
 from extras.search import find_text, open_files, plain
@@ -489,7 +489,7 @@ def as_trained(record: dict, visit: int, per_visit: int, config: Config, place: 
     launches, first = record["launches"], visit * per_visit
     begun = max(i for i, one in enumerate(launches) if one["from_step"] <= first)
     facts = [one["exact"] for one in launches[begun:] if one["from_step"] < first + per_visit]
-    if any(one != facts[0] for one in facts):
+    if any(differing(one, other) for one in facts for other in facts):
         say(f"visit {visit} was trained in parts, on other machines or in other ways: it cannot be "
             "made again bit for bit")
     was = facts[0]

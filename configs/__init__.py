@@ -40,6 +40,8 @@ NANOGPT_NAMES = {  # what a reader of nanoGPT would write -> what it is called h
     "log_interval": "log_every",
 }
 
+GONE: dict[str, Any] = {}  # keys that older versions wrote to run.json -> their default there
+
 
 class Stop(Exception):
     """Something the user can mend: an exit code and one line of what happened and what to do."""
@@ -225,8 +227,13 @@ def to_json(config: Config) -> dict:
 
 
 def from_json(sections: dict) -> Config:
-    """The inverse of to_json(from json.load). Raises Stop on anything the schema does not know."""
+    """The inverse of to_json(from json.load). A key in GONE is left out; one line says so where it
+    was set. Raises Stop on anything else that the schema does not know."""
     given = {k: (v, "run.json") for s in sections.values() for k, v in s.items()}
+    for name in GONE.keys() & given.keys():
+        value, where = given.pop(name)
+        if value != GONE[name]:
+            say(f"{where} has {name} = {value}; this version has no such key and leaves it out")
     return Config(*fill(list(SECTIONS.values()), given))
 
 

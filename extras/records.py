@@ -104,18 +104,27 @@ def parent_of(config: Config) -> dict | None:
 
 def exact_facts(config: Config, place: Place) -> dict:
     """What changes the order of additions, and so the last bits of all that follows."""
+    on_cpu = place.device.type == "cpu"  # elsewhere the CPU only hands work over
     return {"world": place.world, "hardware": hardware(place.device), "compile": place.compile,
             "dtype": str(place.dtype).removeprefix("torch."), "torch": torch.__version__,
             "micro_batch_size": config.optim.micro_batch_size,
             "recompute": config.train.recompute, "pp_stages": config.train.pp_stages,
-            "mesh": [place.size(dim) for dim in DIMS]}
+            "mesh": [place.size(dim) for dim in DIMS],
+            "threads": torch.get_num_threads() if on_cpu else None,
+            # the instructions that torch chose for this CPU: AVX512, AVX2, DEFAULT
+            "cpu_capability": torch.backends.cpu.get_cpu_capability() if on_cpu else None}
+
+
+def differing(was: dict, now: dict) -> list[str]:
+    """The facts in which two launches differ. An older run.json lacks those that are newer: what
+    is not known is not called different."""
+    return [k for k in was if k in now and was[k] != now[k]]
 
 
 def say_inexact(was: dict, now: dict) -> None:
     """Say in what this launch differs from another one."""
-    for k in was:
-        if was[k] != now[k]:
-            say(f"{k} was {was[k]}, is {now[k]}: no longer bit-exact")
+    for k in differing(was, now):
+        say(f"{k} was {was[k]}, is {now[k]}: no longer bit-exact")
 
 
 def write_run(record: dict, out: Path, exact: dict, argv: list[str], step: int,
