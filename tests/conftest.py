@@ -41,3 +41,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say at the end what test_golden.py compared, from whichever worker it ran in."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "golden" and report.when == "call":
+                terminalreporter.write_line(f"test_golden.py {value}")
