@@ -49,7 +49,7 @@ crystal-mini: .venv/run
 
 test: .venv/dev
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
 
 mup: .venv/dev
 	$(RUN) tests/mup.py
@@ -68,6 +68,8 @@ proofs: mup demo demo-analysis
 	$(RUN) tests/soak_kill.py --kills=100
 	$(RUN) tests/soak_rank.py --kills=10
 	$(RUN) tests/soak_score.py --kills=20
+	$(RUN) tests/against.py 3e72e77
+	$(RUN) tests/bench.py old 3e72e77
 	$(RUN) tests/parity.py
 	$(RUN) tests/harness.py
 	$(RUN) tests/tamper.py out/demo_canaries

@@ -1,5 +1,7 @@
 """What the tests share: the repository on sys.path, the prepared demo, the developers' data."""
 
+import contextlib
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -14,15 +16,17 @@ sys.path.insert(0, str(REPO))
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Path:
-    """The folder of configs/demo.py's whole data set, prepared once for all tests: data/demo."""
+def demo(tmp_path_factory, worker_id) -> Path:
+    """The folder of configs/demo.py's whole data set, prepared once for all tests and all workers
+    of pytest-xdist: data/demo."""
     import prepare
-    root, before = tmp_path_factory.mktemp("demo"), Path.cwd()
-    os.chdir(root)
-    try:
-        prepare.main([str(REPO / "configs/demo.py")])
-    finally:
-        os.chdir(before)
+    base = tmp_path_factory.getbasetemp()  # a worker's own lies in the one of all
+    root = (base if worker_id == "master" else base.parent) / "demo"
+    root.mkdir(exist_ok=True)
+    with open(root / "lock", "w") as lock, contextlib.chdir(root):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path("data/demo").is_dir():  # it has this name when it is whole
+            prepare.main([str(REPO / "configs/demo.py")])
     return root / "data" / "demo"
 
 

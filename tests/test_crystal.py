@@ -146,6 +146,7 @@ def distance(model: Transformer, w: dict[str, np.ndarray], theta: float = 10000.
 
 # ---- the equations -------------------------------------------------------------------------------
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("theta", [10000.0, 73.0])
 def test_equals_the_reference(theta):
     w = published()
@@ -155,6 +156,7 @@ def test_equals_the_reference(theta):
     assert distance(model, w, theta) < 1e-4
 
 
+@pytest.mark.numeric
 def test_loss_equals_the_reference():
     """The loss takes the head's way a second time, multiplier included."""
     w, x = published(), ids(3, T)
@@ -180,12 +182,14 @@ MUTANTS = {  # what a wrong reading of the equations would be, in our own switch
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=MUTANTS.keys())
 def test_reference_sees_a_switch(change):
     w = published()
     assert distance(made(dataclasses.replace(CONFIG, **change), as_ours(w)), w) > 1e-3
 
 
+@pytest.mark.numeric
 def test_reference_sees_gate_and_up_swapped():
     w = published()
     other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
@@ -228,6 +232,7 @@ def write(folder, w: dict[str, np.ndarray], layout: str = "bins", masks: type = 
 LAYOUTS = ["bins", "bin", "safetensors-shards", "safetensor"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("masks", [torch.uint8, torch.bool], ids=["uint8", "bool"])
 def test_reads_a_published_folder(layout, masks, tmp_path):
@@ -301,6 +306,7 @@ def test_a_missing_tensor_is_named(name, tmp_path):
     refused(write(tmp_path, w), name)
 
 
+@pytest.mark.numeric
 def test_a_head_is_not_needed(tmp_path):
     w = published()
     del w["lm_head.weight"]
@@ -405,7 +411,11 @@ def wrong(name: str, how: str) -> tuple[float, float]:
 
 
 def start() -> Transformer:
-    """CrystalCoder in small, its vectors moved off 0 and 1 so that a decay on them shows."""
+    """CrystalCoder in small, its vectors moved off 0 and 1 so that a decay on them shows.
+
+    In float64: where a gradient is near 0, Adam makes a step of its rounding, which in float32 is
+    larger than what is looked for.
+    """
     model = Transformer(dataclasses.replace(CONFIG, init_std=0.146, mup_emb_mult=7.3,
                                             mup_alpha=2.22))
     init_weights(model, 1)
@@ -414,7 +424,7 @@ def start() -> Transformer:
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
+    return model.double()
 
 
 def trained(step, model: Transformer) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -458,17 +468,16 @@ def by_hand(group):
 
     @torch.no_grad()
     def step(t: int) -> None:
-        grads = {name: p.grad.double() for name, p in model.named_parameters()}
+        grads = {name: p.grad for name, p in model.named_parameters()}
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
         assert norm > CLIP  # so that clipping is part of the test
         for name, p in model.named_parameters():
-            g = grads[name] * CLIP / norm
+            g = grads[name] * CLIP / (norm + 1e-6)  # as torch's clipping has it
             mean[name] = BETAS[0] * mean[name] + (1 - BETAS[0]) * g
             square[name] = BETAS[1] * square[name] + (1 - BETAS[1]) * g**2
             m_hat, v_hat = mean[name] / (1 - BETAS[0]**t), square[name] / (1 - BETAS[1]**t)
             mult, decay = group(name)
-            update = m_hat / (v_hat.sqrt() + ADAM_EPS) + decay * p.double()
-            p.copy_(p.double() - ETA * mult * update)
+            p -= ETA * mult * (m_hat / (v_hat.sqrt() + ADAM_EPS) + decay * p)
 
     return trained(step, model)
 
@@ -486,10 +495,12 @@ def run():
     return by_torch()
 
 
+@pytest.mark.numeric
 def test_steps_equal_adamw_by_hand(run):
-    assert apart(run, by_hand(table)) < 1e-5
+    assert apart(run, by_hand(table)) < 1e-12
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("how", [
     "multiplier forgotten", "multiplier on biases", "multiplier on the embedding",
     "embedding undecayed", "everything decayed", "hidden decay times m"])
@@ -513,6 +524,7 @@ STD, SMALL = 0.073, ModelConfig(
     init_std=0.073, mup_base_width=16, mup_emb_mult=14.6, mup_alpha=2.22)  # m = 16
 
 
+@pytest.mark.numeric
 def test_init():
     """Truncated normals by class of tensor: their real std is 0.8796 of the number."""
     small, m, drawn = Transformer(SMALL), 16, 0

@@ -132,6 +132,7 @@ def made(lm_eval, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shots, add_bos", ((0, False), (None, True), (harness.SHOTS, True)))
 def test_scores_equal_the_harness(lm_eval, made, tmp_path, shots, add_bos):
     """Every log-likelihood and metric, at several batch sizes; harness.py does it with more."""
@@ -176,6 +177,7 @@ def test_the_leaderboard_has_its_shots(lm_eval):
         arc_challenge=25, hellaswag=10, mmlu=5, truthfulqa=0, winogrande=5, gsm8k=5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name, metric", (
     ("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("arc_easy", "acc_norm_stderr"),
     ("truthfulqa_mc2", "acc"), ("crows_pairs_english", "likelihood_diff"), ("mmlu", "acc_stderr"),
@@ -391,6 +393,7 @@ def test_prompts_of_legacy(tmp_path):
     assert tasks.LEGACY["copa"].read(row) == ("Zoë sang because", ["the cat left.", "i did."], 1)
 
 
+@pytest.mark.numeric
 def test_truthfulqa_is_split_by_label_or_at_the_first_wrong_answer():
     row = dict(mc2_targets=dict(labels=[1, 0, 1, 0]))
     one = tasks.Example(row, [], [], 0, 0, "")
@@ -401,6 +404,7 @@ def test_truthfulqa_is_split_by_label_or_at_the_first_wrong_answer():
     assert tasks.mc2_legacy([-1.0, -2.0], sorted_row) == tasks.mc2([-1.0, -2.0], sorted_row) == 1
 
 
+@pytest.mark.numeric
 def test_a_subject_counts_once_or_each_question_does():
     values = {"law": [1.0] * 6 + [0.0] * 2, "virology": [0.0, 1.0], "econometrics": [0.0] * 5}
     now = tasks.over_subjects("acc", values, legacy=False)
@@ -416,6 +420,7 @@ def test_a_subject_counts_once_or_each_question_does():
     assert tasks.over_subjects("acc", dict(law=[1.0], virology=[0.0]), False)["acc_stderr"] is None
 
 
+@pytest.mark.numeric
 def test_legacy_has_no_bos_and_begins_with_eos(here):
     """In contexts, in front of what has none, and of texts; in MMLU's average, each subject counts
     once."""
@@ -525,6 +530,7 @@ def test_context_and_continuation(here, add_bos):
     assert pair("", "the") == ([ckpt.tokenizer.bos] + encode("the"), 1)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shots, add_bos", ((0, False), (1, True), (3, False)))
 def test_choices_one_sequence_at_a_time(here, theirs, shots, add_bos):
     """Tasks against transformers; with 3 shots, contexts are longer than the model's."""
@@ -571,6 +577,7 @@ def job_of(*questions: tasks.Example) -> evaluate.Job:
     return evaluate.Job("piqa", 0, {}, list(questions))
 
 
+@pytest.mark.numeric
 def test_the_first_of_equals_is_chosen_and_characters_are_counted(here, monkeypatch):
     job = job_of(example(["a", "a"]), example(["aé", "a"]), example(["", "a"], 1))
     lls = [[-2.0, -2.0], [-3.0, -2.0], [-1.0, -9.0]]
@@ -593,6 +600,7 @@ def test_what_is_lost_is_counted(here, monkeypatch):
         assert items[0]["lls"] == [min(n, T + 1) for n in lengths]
 
 
+@pytest.mark.numeric
 def test_max_length_cuts_on_the_left(here):
     whole = Path("benchmarks/arc_easy/test.jsonl").read_text().split("\n")[3]
     Path("short/arc_easy").mkdir(parents=True, exist_ok=True)
@@ -611,6 +619,7 @@ def test_max_length_cuts_on_the_left(here):
         assert close(ll, logits.gather(1, idx[0, -K:, None]).sum().item())
 
 
+@pytest.mark.numeric
 def test_what_choices_have_in_common_is_run_once(here, monkeypatch):
     """Of a question with choices of one token nothing is left but its context; of others the rests
     alone. The scores are those of each request by itself."""
@@ -648,6 +657,7 @@ def test_batches_fit_the_context():
     assert [*evaluate.batches(shapes, [], 3, 12)] == []
 
 
+@pytest.mark.numeric
 def test_batch_size_changes_nothing(here):
     words = [CKPT, f"--tasks=valid,text:text/prose/2.txt,wikitext,{','.join(tasks.TASKS)}",
              "--num_fewshot=1", "--data_dir=benchmarks"]
@@ -660,6 +670,7 @@ def test_batch_size_changes_nothing(here):
                 assert b["lls"] == pytest.approx(a["lls"], abs=1e-4)
 
 
+@pytest.mark.numeric
 def test_bfloat16_is_near_float32(here):
     words = (CKPT, "--tasks=text:text/prose/2.txt,hellaswag", "--data_dir=benchmarks")
     full, half = (entries(*words, f"--dtype={dtype}") for dtype in ("float32", "bfloat16"))
@@ -678,6 +689,7 @@ def bytes_of(piece: str) -> int:
     return 1 if piece.startswith("<0x") else len(piece.replace("▁", " ").encode())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("limit", (None, 3))
 def test_held_out_rows(here, theirs, limit):
     scored = entries(CKPT, "--tasks=valid", *([f"--limit={limit}"] if limit else []))
@@ -697,6 +709,7 @@ def test_held_out_rows(here, theirs, limit):
             tokens=len(rows) * T, bytes=n_bytes)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("n, add_bos", (
     (T - 9, False), (T, True), (2 * T, False), (3 * T - 7, True)))
 def test_text_one_token_at_a_time(here, theirs, n, add_bos):
@@ -733,6 +746,7 @@ def test_windows_predict_every_token_once():
 
 # ---- runs and what they leave --------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_a_run_is_scored_checkpoint_by_checkpoint(here, capsys):
     scored = entries("out/tiny", "--tasks=valid,piqa", "--data_dir=benchmarks", "--limit=2")
     names = [one["settings"]["checkpoint"] for one in scored]

@@ -25,6 +25,7 @@ def test_without_a_gpu_it_says_so(part, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("part, only", [
     ("check", "^FSDP2 of one|^recompute full|greedy|scored|memory, amber, eager"),
     ("bench", "chip|llama")])

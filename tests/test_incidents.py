@@ -180,6 +180,7 @@ def two(prepared, tmp_path_factory) -> Path:
     return in_a_room(prepared, tmp_path_factory.mktemp("two"), under_torchrun)
 
 
+@pytest.mark.numeric
 @alone
 def test_two_ranks_skip_what_one_cannot_take(two, monkeypatch):
     """Both leave out the step and end with the same weights; the incident names what a person has
@@ -203,6 +204,7 @@ def test_two_ranks_skip_what_one_cannot_take(two, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+@pytest.mark.numeric
 @alone
 def test_a_skipped_step_in_the_books(two):
     """Its line has no loss and no norm, no token is counted, and step 6 is the one it was."""
@@ -220,6 +222,7 @@ def test_a_skipped_step_in_the_books(two):
         assert state["tokens"] == 256 * state["updates"]
 
 
+@pytest.mark.numeric
 @alone
 def test_the_numbers_of_two_ranks_are_of_the_whole_batch(two, monkeypatch):
     """Loss and norm of the steps behind checkpoints, against one process of transformers that has
@@ -237,6 +240,7 @@ def test_the_numbers_of_two_ranks_are_of_the_whole_batch(two, monkeypatch):
         assert all(abs(its - norm) > 1e-3 for _, its in parts)
 
 
+@pytest.mark.numeric
 @alone
 def test_two_ranks_defer_together(room, server):
     """One rank's trouble takes the chunk from both; both go on with the same queue and weights."""
@@ -426,6 +430,7 @@ def test_a_chunk_that_fails_waits(room, monkeypatch, capsys, faults, argv, queue
     assert "out/tiny is finished" in capsys.readouterr().out and hashes(Path("out")) == before
 
 
+@pytest.mark.numeric
 def test_the_schedule_of_a_shorter_queue(room):
     """A chunk that is dropped while another one waits: the rate stays that of the whole queue."""
     with planted(Faults(chunk="2", once=True)):
@@ -526,6 +531,7 @@ def test_a_quiet_run_has_no_spike(room, monkeypatch):
     assert 1 < highest < 6
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stop", [96, 99])  # at the end of a visit, and inside one
 def test_a_spike_is_found_where_it_was_planted(room, stop):
     """At this step and no other, as high as worked out by hand; a step that was not taken is not
@@ -549,6 +555,7 @@ def test_a_spike_is_found_where_it_was_planted(room, stop):
     assert metrics(Path("out/parts")) == lines
 
 
+@pytest.mark.numeric
 def test_a_loss_that_is_low_is_no_spike():
     """Of the numbers 1 to 101, the median is 51 and the deviation 1.4826 x 25."""
     losses = collections.deque(map(float, range(1, 102)))
@@ -647,6 +654,7 @@ def test_a_rank_that_dies_under_torchrun(room):
 
 # ---- metrics, here and elsewhere -----------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_where_the_time_goes(room, monkeypatch):
     """By a clock that only moves where a part of a step is at work: every part has its own time, to
     the microsecond, and together they are all of it but for validation."""
@@ -834,6 +842,7 @@ def test_no_package_unless_it_is_asked_for(room, server):
     assert not Path("logs").exists()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("faults, stops", [({}, [6]), ({"chunk": "1", "begin": 3}, [])], ids=str)
 def test_tensorboard_reads_it(room, faults, stops):
     """The package's own reader finds every number when the run has ended, and no others."""

@@ -192,6 +192,7 @@ def pp2(server, prepared, tmp_path_factory) -> Path:
 
 # ---- from layout to layout -----------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_one_four_two_one(room, server, one):
     """Stopped by max_steps, by SIGTERM to the third of four ranks, and by SIGTERM to torchrun."""
     assert go(*PLAIN, "--max_steps=3") == 0
@@ -213,6 +214,7 @@ def test_one_four_two_one(room, server, one):
     assert [launch["from_step"] for launch in launches] == [0, 3, 6, step]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layouts, switches", [
     (("fsdp4", "one"), ()), (("ddp2", "tp2"), ()), (("pp2", "ddp2"), ()), (("hsdp4", "pp2"), ()),
     (("tp2pp2", "fsdp2", "one"), CRYSTAL)], ids=lambda one: "-".join(one)[:20])
@@ -451,6 +453,7 @@ def poison(texts: set[bytes], whole: bool) -> None:
             loss_of(model, rows, place), torch.from_numpy(rows[:, 1:].astype(np.int64)))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", ["fsdp2", "pp2"])
 def test_a_loss_that_is_no_number_on_one_rank(room, server, layout):
     """Two rows of the second rank, in step 7: no rank takes it, and both rows are named with their

@@ -340,6 +340,7 @@ def planted(prepared, tmp_path_factory) -> Path:  # noqa: F811
     return root
 
 
+@pytest.mark.numeric
 def test_canaries(planted, tmp_path, monkeypatch, capsys):
     """Loss, rank and extraction of every string, by a forward pass for each of its ids; how often
     it was seen, by counting in the batches of the run."""
@@ -409,6 +410,7 @@ def test_canaries_after_a_kill_and_over_ranks(server, planted, tmp_path, monkeyp
 
 # ---- figures -------------------------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_the_picture_is_drawn_from_the_lines(trained, capsys):
     """Heat map and correlations are those of the lines in the file."""
     import matplotlib.pyplot as plt

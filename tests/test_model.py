@@ -71,6 +71,7 @@ def like(**changes) -> ModelConfig:
     return ModelConfig(**{**vars(TINY), "seq_len": 96, **changes})
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("config, how", [
     (like(), "ours"), (like(), "shards"), (like(), "bin"), (like(), "shards of bin"),
     (like(n_kv_head=2), "ours"), (like(tie=True), "shards"), (like(bias=True), "ours"),
@@ -142,6 +143,7 @@ def test_prompts_of_different_lengths(config):
     assert align([[1, 2], [3, 4]])[1] is None  # equal lengths need no mask
 
 
+@pytest.mark.numeric
 def test_a_chunk_on_a_cache():
     """The second half of a text on the cache of the first gives the logits of the whole."""
     model, x = made(GROUPED), ids(2, 30)
@@ -191,6 +193,7 @@ def test_generate_stops_at_eos():
         0, 6:].tolist().index(eos) + 1
 
 
+@pytest.mark.numeric
 def test_pick_draws_from_the_right_tokens():
     """Frequencies of many draws equal the renormalized softmax of the top k and the top p."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]])
@@ -211,6 +214,7 @@ def test_pick_draws_from_the_right_tokens():
     assert shares(1.0, 0, 1e-9)[0] == 1 and shares(0, 0, 1.0)[0] == 1  # at least the best one
 
 
+@pytest.mark.numeric
 def test_weights_follow_from_seed_and_name():
     """The same tensor in a model with more layers, another seed gives another; std as asked."""
     small, deep = Transformer(TINY), Transformer(ModelConfig(**{**vars(TINY), "n_layer": 5}))
@@ -230,6 +234,7 @@ def test_weights_follow_from_seed_and_name():
     assert not torch.equal(before, small.lm_head.weight)
 
 
+@pytest.mark.numeric
 def test_amber_counts():
     """Published: 6,738,415,616 parameters. 42.86 GFLOP a token by 6 N + 12 L C T."""
     config = load([str(REPO / "configs/amber_7b.py")])[0].model
@@ -239,6 +244,7 @@ def test_amber_counts():
     assert flops_per_token(config) == pytest.approx(42.86e9, rel=1e-3)
 
 
+@pytest.mark.numeric
 def test_bfloat16_reads_writes_and_speaks(tmp_path):
     """A cast is an explicit export; a model of bfloat16 gives logits of bfloat16, close to fp32."""
     model, x = made(TINY), ids(2, 30)
@@ -255,6 +261,7 @@ def test_bfloat16_reads_writes_and_speaks(tmp_path):
     assert half.generate(x, 3).shape == (2, 33)
 
 
+@pytest.mark.numeric
 def test_tables_and_positions_of_bfloat16():
     """The tables are those of fp64 angles to 1e-4 at the end of Amber's context."""
     from model import rope_tables
@@ -264,6 +271,7 @@ def test_tables_and_positions_of_bfloat16():
     assert np.abs(cos[:, :8].numpy() - exact).max() < 2e-4
 
 
+@pytest.mark.numeric
 def test_loss_needs_no_logits_of_all_tokens(monkeypatch):
     """In pieces as in one, gradients too; the head never sees more rows than LOSS_LOGITS / V."""
     import model as file
@@ -293,6 +301,7 @@ def test_param_groups_cover_every_parameter():
         param_groups(model, 0.1)
 
 
+@pytest.mark.numeric
 def test_loss_ignores_masked_targets_and_is_fp32():
     model, x = made(TINY), ids(2, 20)
     y = ids(2, 20).clone()
@@ -305,6 +314,7 @@ def test_loss_ignores_masked_targets_and_is_fp32():
         assert model(x, y).dtype == torch.float32
 
 
+@pytest.mark.numeric
 def test_rotary_by_complex_numbers():
     """rotate() is the multiplication of (x_i, x_{i + D/2}) with e^{i p theta^(-2i/D)}."""
     from model import rope_tables, rotate
@@ -330,6 +340,7 @@ def test_folder_round_trip(tmp_path):
     assert torch.equal(model.cos, again.cos)
 
 
+@pytest.mark.numeric
 def test_reads_what_transformers_writes(tmp_path):
     """Sharded safetensors in bfloat16 from save_pretrained of transformers."""
     made(TINY).save_pretrained(tmp_path / "one")

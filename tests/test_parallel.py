@@ -42,6 +42,8 @@ from parity import (VARIANTS, config_of, differences, equal, optimizer_of, place
 from test_stages import ONE
 from test_train import loopback, prepared, words  # noqa: F401
 
+pytestmark = pytest.mark.numeric
+
 alone = pytest.mark.skipif(not loopback(), reason="no loopback interface: processes cannot talk")
 ONE_PROCESS = Place(0, 1, torch.device("cpu"), torch.float32, False)
 MARKS = (296, 297, 298)  # <|fim_prefix|> <|fim_middle|> <|fim_suffix|>

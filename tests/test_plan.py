@@ -168,6 +168,7 @@ def step(m: ModelConfig, recompute: str, mixed: bool, sharded: bool, B: int) -> 
     return kept, live.peak
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("mixed, sharded", TYPES)
 @pytest.mark.parametrize("recompute", plan.MODES)
@@ -183,6 +184,7 @@ def test_activations_of_eager_blocks(kind, mixed, sharded, recompute):
     assert (four - two) / 2 == pytest.approx(ours, rel=0.01)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("mixed, sharded", TYPES)
 @pytest.mark.parametrize("recompute", plan.MODES)
 def test_peak_of_an_eager_step(mixed, sharded, recompute):
@@ -200,6 +202,7 @@ def test_peak_of_an_eager_step(mixed, sharded, recompute):
         assert peak <= (kinds["activations"] + kinds["scratch"] + casts) * 1.005
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS[1:3], ids=str)
 @pytest.mark.parametrize("mixed, sharded", TYPES[1:])
 @pytest.mark.parametrize("recompute", plan.MODES)
@@ -233,6 +236,7 @@ def test_activations_of_compiled_blocks(kind, mixed, sharded, recompute):
     assert sum(size for size, _ in casts.values()) == pytest.approx(n_casts, rel=0.01)
 
 
+@pytest.mark.numeric
 def test_the_loss_takes_what_it_holds_at_once():
     """Many tokens do not mean many logits."""
     config = small(vocab_size=2**20, seq_len=4096)
@@ -380,6 +384,7 @@ def test_each_change_saves_memory():
 
 # ---- time and disk -------------------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_the_papers_figures():
     """582.4k tokens/s on 224 A100s are 25.0 days for 1.2584e12 tokens."""
     amber, (_, peak) = run(), GPUS["a100-80"]

@@ -601,6 +601,7 @@ def test_two_sources_are_mixed_by_weight_and_repeated(tmp_path, monkeypatch, mod
         assert Path(f"data/mix/provenance/few_epoch_{epoch}.npy").is_file()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("seed", range(6))
 def test_the_realised_shares_are_those_asked_for(seed, tmp_path, monkeypatch, model_file):
     """Within half a percent in every chunk, and every epoch of a source is gone through whole."""

@@ -73,6 +73,7 @@ def test_amber_trains_the_released_chunks():
     assert parameters(config) == 6_738_415_616
 
 
+@pytest.mark.numeric
 def test_amber_from_its_sources_has_the_shares_of_the_card():
     data, released = recipe("amber_7b_raw").data, recipe("amber_7b")
     assert data.n_chunks * data.rows_per_chunk * 2049 == 1_259_133_776_640
@@ -91,6 +92,7 @@ def test_amber_from_its_sources_has_the_shares_of_the_card():
     assert not data.bos and not data.overlap
 
 
+@pytest.mark.numeric
 def test_amber_100m_is_two_chunks_on_one_gpu():
     config = recipe("amber_100m")
     m, data, optim = config.model, config.data, config.optim
@@ -110,6 +112,7 @@ def test_amber_100m_is_two_chunks_on_one_gpu():
 
 # ---- CrystalCoder --------------------------------------------------------------------------------
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", range(3))
 def test_a_stage_has_the_published_mix(stage):
     sources = recipe(STAGES[stage]).data.sources

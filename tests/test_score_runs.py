@@ -349,6 +349,7 @@ def assert_close(ours: list[dict], alone: list[dict]) -> None:
             assert one["lls"] == pytest.approx(other["lls"], abs=1e-4)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("world, words", (
     (2, ("out/tiny/ckpt_999", "--tasks=piqa,mmlu,text:text.txt", "--num_fewshot=1")),
     (2, RUN), (4, ("out/tiny", "--tasks=piqa", "--limit=3"))),

@@ -152,6 +152,7 @@ def test_the_data_of_a_chain(room, capsys):
     assert not list(Path("data").glob("twice*"))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("updates", [8, 5])
 @pytest.mark.parametrize("carried", [True, False])
 def test_equals_a_loop_from_the_parent(carried, updates, room):
@@ -197,6 +198,7 @@ def test_equals_a_loop_from_the_parent(carried, updates, room):
     assert (state["step"], state["updates"]) == (8, 8 + updates * carried)
 
 
+@pytest.mark.numeric
 def test_the_optimizer_makes_a_difference(room):
     """Two runs begin with one loss, which is far below that of random weights, and then part."""
     train.main(["two.py"])
@@ -288,6 +290,7 @@ LLAMA = ("--norm=rms --norm_eps=1e-6 --bias=false --rotary_dim=none --rope_inter
          "--tie=false --mup_base_width=none --mup_emb_mult=1 --mup_alpha=1").split()
 
 
+@pytest.mark.numeric
 def test_from_a_folder_of_transformers(room, capsys):
     """Its weights begin the run; it has no optimizer's state, and says so where one is wanted."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -461,6 +464,7 @@ def test_the_small_stages_have_one_tokenizer():
     assert large[:4] == list(MARKS)
 
 
+@pytest.mark.numeric
 def test_the_small_model_has_every_switch_of_the_large():
     small, large = (to_json(recipe(f"{name}_stage1"))["model"] for name in STAGES)
     sizes = {"n_layer", "n_head", "n_embd", "n_inner", "vocab_size", "seq_len", "rotary_dim",
@@ -475,6 +479,7 @@ def test_the_small_model_has_every_switch_of_the_large():
     assert sum(p.numel() for p in model.parameters()) == 2_567_296
 
 
+@pytest.mark.numeric
 def test_the_small_line_goes_over_two_stages():
     """0.012 at step 12, 0.00001 less with each step, 0.00012 at 1,200; from 300 on it is stage 2's,
     but for its warm-up. Stage 3 has its own."""
@@ -494,6 +499,7 @@ def test_the_small_line_goes_over_two_stages():
     assert 120 / 1200 == pytest.approx(27_728 / 294_108, rel=0.2)
 
 
+@pytest.mark.numeric
 def test_the_published_line():
     one, two, three = (recipe(name) for name in STAGES["crystalcoder_7b"])
     assert rates(one, 86, 79_721) == pytest.approx([0.012, 0.0087869], rel=1e-5)

@@ -96,6 +96,7 @@ def config_of(*argv: str) -> Config:
 
 # ---- order ---------------------------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_amber_schedule():
     """The check values of the released schedule, and its corners."""
     optim = load([str(REPO / "configs/amber_7b.py")])[0].optim
@@ -107,6 +108,7 @@ def test_amber_schedule():
     assert train.lr_at(last - 1, optim, last) > 3e-5
 
 
+@pytest.mark.numeric
 def test_linear_schedule_that_is_stopped_early(room):
     """Decay length and steps run are two numbers: CrystalCoder's first stage ends half-way down."""
     optim = config_of("--lr=0.012", "--min_lr=0.00012408", "--schedule=linear",
@@ -145,6 +147,7 @@ def test_every_row_once_and_as_computed_by_hand(room):
 
 # ---- the loop ------------------------------------------------------------------------------------
 
+@pytest.mark.numeric
 def test_equals_a_loop_over_transformers(room):
     """Loss, norm and weights of LlamaForCausalLM under torch's AdamW on the rows of the files."""
     from transformers import LlamaForCausalLM
@@ -181,6 +184,7 @@ def test_equals_a_loop_over_transformers(room):
         assert (ours[name] - p).abs().max() < 1e-4, name
 
 
+@pytest.mark.numeric
 def test_micro_batches_leave_the_loss(room):
     """The mean over the global batch, whatever it is cut into."""
     for micro in (1, 4, 8):
@@ -194,6 +198,7 @@ def test_micro_batches_leave_the_loss(room):
         assert x["rows"] == y["rows"] == z["rows"]
 
 
+@pytest.mark.numeric
 def test_validation_by_brute_force(room):
     """Nats and bits per UTF-8 byte of the predicted pieces, row by row with transformers."""
     import sentencepiece
@@ -385,6 +390,7 @@ def test_the_folder_is_publishable(room):
     assert launch["command"] == ["tiny.py", "--max_steps=1"] and launch["from_step"] == 0
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("which", ["tiny", "demo"])
 def test_checkpoint_loads_in_transformers(which, room):
     """AutoModelForCausalLM gives our logits and greedy tokens, AutoTokenizer our ids."""
@@ -575,6 +581,7 @@ def torchrun(n: int, *argv: str, script: str = "train.py") -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.numeric
 @pytest.mark.skipif(not loopback(), reason="no loopback interface: processes cannot talk")
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     """torchrun on a cut-down Amber-7B: the rows, losses and weights of one process."""
@@ -587,19 +594,20 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     ranks = [bytes([i]) for i in range(256)] + pairs
     (folder / "tokenizer.tiktoken").write_bytes(
         b"".join(base64.b64encode(r) + b" %d\n" % i for i, r in enumerate(ranks)))
-    rows = np.random.default_rng(0).integers(0, 32_000, (24, 2049)).astype(np.uint16)
+    rows = np.random.default_rng(0).integers(0, 32_000, (24, 257)).astype(np.uint16)
     rows.tofile(folder / "train_000.bin")
     rows[:2].tofile(folder / "valid_made.bin")
     spec = tokenizers.load_tokenizer(folder / "tokenizer.tiktoken").spec()
     files = {name: dict(rows=n, sha256=sha256_file(folder / name))
              for name, n in (("train_000.bin", 24), ("valid_made.bin", 2))}
     write_sealed(folder / "manifest.json", dict(
-        format=1, data_hash="0" * 64, tokenizer=spec, seq_len=2048, dtype="uint16", seed=11111,
+        format=1, data_hash="0" * 64, tokenizer=spec, seq_len=256, dtype="uint16", seed=11111,
         n_chunks=360, rows_per_chunk=24, files=files,
         recipe=dict(sources=[], tokenizer=""), sources=[dict(
             name="made", origin="made", licence="none", weight=1.0, valid_rows=2)]))
     argv = [str(REPO / "configs/amber_7b.py"), "--n_layer=2", "--n_head=4", "--n_embd=64",
-            "--n_inner=172", "--batch_size=8", "--max_steps=3", "--tokenizer_sha256="]
+            "--n_inner=172", "--seq_len=256", "--batch_size=8", "--max_steps=3",
+            "--tokenizer_sha256="]
     two = torchrun(2, *argv, "--run=two")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("step 3/3") == 1  # rank 0 speaks for both
