@@ -20,8 +20,9 @@ scored again. --plot draws RUN/memorization.png.
 
 replay starts from checkpoint v - 1, or the nearest one before it that has its optimizer state, and
 trains the same rows in the same order, without the steps that the run skipped. Then it compares the
-sha256 of every tensor: weights, both moments, random states. It works in out/<run>.replay/, which
-stays if a tensor differs; the exit code is 4 then.
+sha256 of every tensor: weights, both moments, random states. The bits are the same on the same kind
+of CPU, with the same torch, threads, processes and layout; a line says what is not as it was. It
+works in out/<run>.replay/, which stays if a tensor differs; the exit code is 4 then.
 
 Reads RUN and data/<dataset>/. Text of training data is printed with --show_text alone.
 """
@@ -596,5 +597,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, __doc__, [MemorizationOptions, TraceOptions, BatchOptions,
-                              ReplayOptions]))
+    sys.exit(run(main, __doc__, [MemorizationOptions, TraceOptions, BatchOptions, ReplayOptions]))

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=8 train.py configs/amber_7b.py       # the same loop on eight GPUs
 
 A run is a queue of visits. Visit v trains chunk queue[v] in an order that depends on nothing but
-(seed, epoch, chunk), ends in checkpoint v, and can be named, verified and trained again. The same
+(seed, epoch, chunk), ends in checkpoint v, and can be named, verified and trained again: to the
+same bits on the same kind of CPU, with the same torch, threads, processes and layout. The same
 command goes on where the run stopped. Reads data/<dataset>/; writes out/<run>/:
 
     run.json         every knob, every launch (command line, code, versions, hardware), data hash,
@@ -15,8 +16,6 @@ command goes on where the run stopped. Reads data/<dataset>/; writes out/<run>/:
     incidents.jsonl  steps that were not taken, with the documents behind them; spikes; restarts
     ckpt_000/ ...    one per visit: a Hugging Face folder + optimizer/ + state.json; whole or absent
     last/            the same inside a visit: every ten minutes, at a signal, and at max_steps
-
-A run begins in go(), near the end; its loop is train().
 """
 
 import contextlib
