@@ -521,6 +521,7 @@ def deviations(lines: list[dict], step: int) -> float | None:
     return (lines[step - 1]["loss"] - middle) / max(spread, 1e-3 * abs(middle))
 
 
+@pytest.mark.numeric
 def test_a_quiet_run_has_no_spike(room, monkeypatch):
     """More than a thousand steps of one row each, of which losses are all but smooth."""
     monkeypatch.setattr(train, "validate", lambda *_: iter(()))  # to save time

@@ -296,6 +296,7 @@ def test_one_file_at_a_time(room, server, fsdp2):
 
 # ---- ranks that are gone -------------------------------------------------------------------------
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout, number, lost", [
     ("ddp2", signal.SIGKILL, 1), ("fsdp2", signal.SIGKILL, 0), ("pp2", signal.SIGKILL, 1),
     ("fsdp2", signal.SIGSTOP, 1), ("pp2", signal.SIGSTOP, 0)])
