@@ -10,10 +10,11 @@ for a text in chunks.
     python tests/bench.py saving          # the demo's first chunk with and without its save
     python tests/bench.py memory          # train.py from step 1,000 to 10,000, saved each 100
     python tests/bench.py search          # a text in 2 GB of chunks, as analyze.py trace seeks it
+    python tests/bench.py old COMMIT      # that commit against the working tree, stage by stage
 
-All but init, memory and search run all programs in one process, on the same input, in turn, so that
-a busy machine slows all, and compare medians; --pairs=N takes N of each. The first three need
-transformers, score lm_eval too. Leaves nothing behind.
+All but init, memory, search and old run all programs in one process, on the same input, in turn,
+so that a busy machine slows all, and compare medians; --pairs=N takes N of each. The first three
+need transformers, score lm_eval too. Leaves nothing behind.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ import evaluate  # noqa: E402
 import harness  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
+from against import checkout  # noqa: E402
 from configs import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
 from extras.checkpoints import Saver  # noqa: E402
 from extras.place import Place  # noqa: E402
@@ -444,13 +446,110 @@ def search(pairs: int) -> None:
                 raise Stop(NUMERICAL, f"{what}: {rate:.0f} MB/s, expected 500 or more")
 
 
+OLD = """
+sources = [dict(name="text", path="text.jsonl")]
+tokenizer = "tokenizer.model"
+vocab_size = 4096
+seq_len = 256
+n_chunks = 2
+rows_per_chunk = 512
+valid_rows = 8
+n_layer = 4
+n_head = 6
+n_embd = 192
+n_inner = 512
+lr = 1e-3
+batch_size = 8
+log_every = 1000
+workers = 1
+"""
+LARGE = ["--n_layer=12", "--n_head=8", "--n_embd=512", "--n_inner=1365"]  # 42M parameters
+
+
+def old_works() -> dict[str, tuple[str, list[str], list[str]]]:
+    """What is timed: a name -> stage, command line, and the folders of the round before. Later ones
+    read what earlier ones wrote."""
+    demo, large = "out/demo/ckpt_000", "out/large/last"
+    return {
+        "tokenize": ("prepare", ["old.py"], ["data/old"]),
+        "train": ("train", ["old.py", "--max_steps=64", "--run=demo"], ["out/demo"]),
+        "save": ("train", ["old.py", *LARGE, "--batch_size=1", "--max_steps=3", "--save_steps=1",
+                           "--warmup_steps=1", "--run=large"], ["out/large"]),
+        "load": ("sample", [large, "--prompt=def", "--max_new_tokens=1"], []),
+        "sample": ("sample", [demo, "--prompt=def", "--max_new_tokens=250", "--num_samples=3",
+                              "--temperature=1"], []),
+        "score": ("evaluate", [large, "--tasks=hellaswag", "--data_dir=eval"], []),
+        "memorization": ("analyze", ["memorization", "out/demo", "--rows=100"], [])}
+
+
+def serve(code: Path, folder: Path, file: Path, text: str) -> subprocess.Popen:
+    """A process with the stages of a checkout, in a folder with all that they read."""
+    folder.mkdir()
+    (folder / "old.py").write_text(OLD)
+    (folder / "text.jsonl").write_text(text)
+    (folder / "tokenizer.model").write_bytes(file.read_bytes())
+    (folder / "eval" / "hellaswag").mkdir(parents=True)
+    (folder / "eval" / "hellaswag" / "validation.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in made_questions(20)))
+    with open(folder / "errors", "w") as errors:
+        return subprocess.Popen([sys.executable, str(REPO / "tests/stage_server.py"), str(code)],
+                                cwd=folder, text=True, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=errors)
+
+
+def ask(server: subprocess.Popen, folder: Path, stage: str, argv: list[str], remove: list[str]
+        ) -> float:
+    """The seconds of a stage. Raises Stop(NUMERICAL) with its last error if it failed."""
+    server.stdin.write(json.dumps(dict(stage=stage, argv=argv, remove=remove)) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    if not answer:
+        said = (folder / "errors").read_text().strip().splitlines() or [""]
+        raise Stop(NUMERICAL, f"{stage}.py {' '.join(argv)} of {folder.name} failed: {said[-1]}")
+    return float(answer)
+
+
+def old(commit: str, rounds: int) -> None:
+    """Old and new in turn, each first in every second round; a ratio above 1: the new is faster."""
+    texts = library(4_000_000)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        root, ratios, times = Path(name), {}, {}
+        checkout(commit, root / "code")
+        (root / "tokenizer.model").write_bytes(train_tokenizer(iter(texts), 4096))
+        text = "".join(json.dumps({"text": one}) + "\n" for one in texts)
+        servers = {side: stack.enter_context(serve(code, root / side, root / "tokenizer.model",
+                                                   text))
+                   for side, code in (("old", root / "code"), ("new", REPO))}
+        for i in range(rounds + 1):
+            for work, (stage, argv, remove) in old_works().items():
+                order = sorted(servers, reverse=i % 2 == 1)
+                took = {side: ask(servers[side], root / side, stage, argv, remove)
+                        for side in order}
+                if i:  # the first round was to warm up
+                    ratios.setdefault(work, []).append(took["old"] / took["new"])
+                    times.setdefault(work, []).append(took["new"])
+    print(f"{commit} against the working tree, {torch.get_num_threads()} threads, {rounds} rounds; "
+          "seconds of old / seconds of new")
+    print(f"{'':<13} {'new s':>7} {'25 %':>6} {'median':>7} {'75 %':>6}")
+    for work, found in ratios.items():
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        print(f"{work:<13} {statistics.median(times[work]):>7.2f} {low:>6.3f} {middle:>7.3f} "
+              f"{high:>6.3f}")
+
+
 def main(argv: list[str]) -> None:
     works = {"sample": sample, "tokenize": tokenize, "long": long, "init": init, "saving": saving,
              "memory": memory, "score": score, "search": search}
-    pairs = re.fullmatch("--pairs=([1-9][0-9]*)", argv[1] if len(argv) == 2 else "--pairs=5")
-    if len(argv) not in (1, 2) or argv[0] not in works or not pairs:
-        raise Stop(USAGE, f"expected one of {', '.join(works)} and, if you like, --pairs=N")
-    works[argv[0]](int(pairs[1]))
+    pairs = 5
+    if argv and (given := re.fullmatch("--pairs=([1-9][0-9]*)", argv[-1])):
+        argv, pairs = argv[:-1], int(given[1])
+    if len(argv) == 1 and argv[0] in works:
+        works[argv[0]](pairs)
+    elif len(argv) == 2 and argv[0] == "old":
+        old(argv[1], pairs)
+    else:
+        raise Stop(USAGE, f"expected one of {', '.join(works)}, or old COMMIT, and, if you like, "
+                   "--pairs=N")
 
 
 if __name__ == "__main__":
