@@ -1,7 +1,9 @@
 """What was written at 3e72e77 stays readable: tests/old/ has two data sets, and a run of each.
 
 The LLaMA-like run stopped after step 3, inside its second visit, the CrystalCoder-like one after
-step 2, at the end of its first. Read, verified, gone on from, and trained again.
+step 2, at the end of its first. That commit's prepare.py and train.py made them from the run files
+of small.py, with --max_steps=3 and 2, on one thread; prepare.py had trained the tokenizer on the
+same text. They are read, verified, gone on from, and trained again.
 """
 
 import json
