@@ -47,9 +47,10 @@ crystal-mini: .venv/run
 	$(RUN) evaluate.py out/crystal_mini_stage2/ckpt_005 --tasks=valid
 	$(RUN) evaluate.py out/crystal_mini_stage3/ckpt_001 --tasks=valid
 
+# Three workers on two cores, as some tests only wait; what a file's tests share is made once.
 test: .venv/dev
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 mup: .venv/dev
 	$(RUN) tests/mup.py

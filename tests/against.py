@@ -1,6 +1,6 @@
 """Old code against new, on one machine: all that they write, bit by bit.
 
-    python tests/against.py 3e72e77    # that commit against the working tree; about three minutes
+    python tests/against.py 3e72e77    # that commit against the working tree; about two minutes
 
 Both prepare the recipes of small.py, train six steps of each model: straight, stopped after step 3
 and resumed, and on two processes; then score the checkpoints and sample from them. A third folder
