@@ -452,7 +452,7 @@ tokenizer = "tokenizer.model"
 vocab_size = 4096
 seq_len = 256
 n_chunks = 2
-rows_per_chunk = 512
+rows_per_chunk = 256
 valid_rows = 8
 n_layer = 4
 n_head = 6
@@ -472,7 +472,7 @@ def old_works() -> dict[str, tuple[str, list[str], list[str]]]:
     demo, large = "out/demo/ckpt_000", "out/large/last"
     return {
         "tokenize": ("prepare", ["old.py"], ["data/old"]),
-        "train": ("train", ["old.py", "--max_steps=64", "--run=demo"], ["out/demo"]),
+        "train": ("train", ["old.py", "--max_steps=32", "--run=demo"], ["out/demo"]),
         "save": ("train", ["old.py", *LARGE, "--batch_size=1", "--max_steps=3", "--save_steps=1",
                            "--warmup_steps=1", "--run=large"], ["out/large"]),
         "load": ("sample", [large, "--prompt=def", "--max_new_tokens=1"], []),
@@ -482,15 +482,18 @@ def old_works() -> dict[str, tuple[str, list[str], list[str]]]:
         "memorization": ("analyze", ["memorization", "out/demo", "--rows=100"], [])}
 
 
-def serve(code: Path, folder: Path, file: Path, text: str) -> subprocess.Popen:
-    """A process with the stages of a checkout, in a folder with all that they read."""
-    folder.mkdir()
-    (folder / "old.py").write_text(OLD)
-    (folder / "text.jsonl").write_text(text)
-    (folder / "tokenizer.model").write_bytes(file.read_bytes())
+def fill(folder: Path, tokenizer: bytes, texts: list[str]) -> None:
+    """Make a folder with all that the stages read."""
     (folder / "eval" / "hellaswag").mkdir(parents=True)
-    (folder / "eval" / "hellaswag" / "validation.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in made_questions(20)))
+    (folder / "old.py").write_text(OLD)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    for name, rows in (("text.jsonl", [{"text": text} for text in texts]),
+                       ("eval/hellaswag/validation.jsonl", made_questions(20))):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def serve(code: Path, folder: Path) -> subprocess.Popen:
+    """A process with the stages of a checkout, in a folder."""
     with open(folder / "errors", "w") as errors:
         return subprocess.Popen([sys.executable, str(REPO / "tests/stage_server.py"), str(code)],
                                 cwd=folder, text=True, stdin=subprocess.PIPE,
@@ -512,22 +515,23 @@ def ask(server: subprocess.Popen, folder: Path, stage: str, argv: list[str], rem
 def old(commit: str, rounds: int) -> None:
     """Old and new in turn, each first in every second round; a ratio above 1: the new is faster."""
     texts = library(4_000_000)
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+    tokenizer = train_tokenizer(iter(texts), 4096)
+    with tempfile.TemporaryDirectory() as name:
         root, ratios, times = Path(name), {}, {}
         checkout(commit, root / "code")
-        (root / "tokenizer.model").write_bytes(train_tokenizer(iter(texts), 4096))
-        text = "".join(json.dumps({"text": one}) + "\n" for one in texts)
-        servers = {side: stack.enter_context(serve(code, root / side, root / "tokenizer.model",
-                                                   text))
-                   for side, code in (("old", root / "code"), ("new", REPO))}
+        for side in ("old", "new"):
+            fill(root / side, tokenizer, texts)
         for i in range(rounds + 1):
-            for work, (stage, argv, remove) in old_works().items():
-                order = sorted(servers, reverse=i % 2 == 1)
-                took = {side: ask(servers[side], root / side, stage, argv, remove)
-                        for side in order}
-                if i:  # the first round was to warm up
-                    ratios.setdefault(work, []).append(took["old"] / took["new"])
-                    times.setdefault(work, []).append(took["new"])
+            # New processes in each round: where one's memory lies can make it some percent slower.
+            with serve(root / "code", root / "old") as a, serve(REPO, root / "new") as b:
+                servers = [("old", a), ("new", b)]
+                for work, (stage, argv, remove) in old_works().items():
+                    servers.reverse()
+                    took = {side: ask(server, root / side, stage, argv, remove)
+                            for side, server in servers}
+                    if i:  # the first round was to warm up
+                        ratios.setdefault(work, []).append(took["old"] / took["new"])
+                        times.setdefault(work, []).append(took["new"])
     print(f"{commit} against the working tree, {torch.get_num_threads()} threads, {rounds} rounds; "
           "seconds of old / seconds of new")
     print(f"{'':<13} {'new s':>7} {'25 %':>6} {'median':>7} {'75 %':>6}")
