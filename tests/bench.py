@@ -522,11 +522,12 @@ def old(commit: str, rounds: int) -> None:
         for side in ("old", "new"):
             fill(root / side, tokenizer, texts)
         for i in range(rounds + 1):
-            # New processes in each round: where one's memory lies can make it some percent slower.
+            # New processes in each round: two of the same code can differ by some percent.
             with serve(root / "code", root / "old") as a, serve(REPO, root / "new") as b:
                 servers = [("old", a), ("new", b)]
-                for work, (stage, argv, remove) in old_works().items():
+                if i % 2:
                     servers.reverse()
+                for work, (stage, argv, remove) in old_works().items():
                     took = {side: ask(server, root / side, stage, argv, remove)
                             for side, server in servers}
                     if i:  # the first round was to warm up
@@ -536,7 +537,7 @@ def old(commit: str, rounds: int) -> None:
           "seconds of old / seconds of new")
     print(f"{'':<13} {'new s':>7} {'25 %':>6} {'median':>7} {'75 %':>6}")
     for work, found in ratios.items():
-        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
         print(f"{work:<13} {statistics.median(times[work]):>7.2f} {low:>6.3f} {middle:>7.3f} "
               f"{high:>6.3f}")
 
