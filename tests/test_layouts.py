@@ -53,7 +53,7 @@ LAYOUTS = {  # ranks, and what is said of them; 4 rows at a time, where a pipeli
 CRYSTAL = ("--norm=layer --norm_eps=1e-5 --bias=true --n_kv_head=none --rotary_dim=4 "
            "--rope_interleaved=true --tie=true --mup_base_width=8 --mup_emb_mult=4 "
            "--mup_alpha=2").split()
-SOON = 0.1  # --timeout, in minutes
+SOON = 0.2  # --timeout, in minutes; a step on a busy machine may take seconds
 LATE = 10  # seconds after it in which the last of the ranks has ended
 pytestmark = pytest.mark.skipif(not loopback(), reason="no loopback interface: ranks cannot talk")
 
@@ -303,7 +303,8 @@ def test_one_file_at_a_time(room, server, fsdp2):
 def test_a_rank_that_is_lost(room, server, one, layout, number, lost):
     """It is killed, or it stands still: the other one ends in time, and its last line says who it
     is, and when it was; a pipeline's run goes on, to the losses of one process."""
-    processes = begin(server, layout, f"--timeout={SOON}",
+    # Who is killed is missed at once, whatever the timeout, which a slow step must not reach.
+    processes = begin(server, layout, f"--timeout={SOON if number == signal.SIGSTOP else 1}",
                       before=functools.partial(at, lost, 7, 1, number))
     other = 1 - lost
     while text_of(OUT / "metrics.jsonl").count('"kind": "train"') < 6:
