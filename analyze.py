@@ -46,24 +46,24 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from configs import (CHECKPOINT, DATA, USAGE, Config, Stop, key, load_options, read_sealed, run,
-                     say)
-from extras.audit import audit
-from extras.canaries import read_canaries
-from extras.checkpoints import check_space, check_types, checkpoints_of
-from extras.figures import load_matplotlib, plot, show
-from extras.follow import excerpt, logged_rows, named, print_memorized, print_parts, print_rows
-from extras.hf_folders import checkpoint_hash, read_config, verify, weight_files
-from extras.locks import locked
-from extras.place import Place, choose_place, exchange, explain, explain_reading, meet
-from extras.provenance import documents_of, find_document, sources_of
-from extras.records import append, differing, exact_facts, mend, parent_of, say_inexact
-from extras.runs import Run, open_run, read_record
-from extras.samples import Asked, draw, read_sample
-from extras.search import find_text, open_files, plain
-from extras.tokenizers import load_tokenizer
 from model import IGNORE, Transformer, align
-from prepare import chunk_name, open_rows, read_manifest
+from nano360.analysis.audit import audit
+from nano360.analysis.canaries import read_canaries
+from nano360.analysis.figures import load_matplotlib, plot, show
+from nano360.analysis.follow import (excerpt, logged_rows, print_documents, print_incidents,
+                                     print_memorized, print_parts)
+from nano360.analysis.provenance import find_document, sources_of
+from nano360.analysis.runs import Run, open_run, read_record
+from nano360.analysis.samples import Asked, draw, read_sample
+from nano360.analysis.search import find_text, open_files, plain
+from nano360.checkpoints import check_space, check_types, checkpoints_of
+from nano360.config import CHECKPOINT, DATA, USAGE, Config, Stop, key, load_options, run, say
+from nano360.files import locked, read_sealed
+from nano360.hf_folders import checkpoint_hash, read_config, verify, weight_files
+from nano360.place import Place, choose_place, exchange, explain, explain_reading, meet
+from nano360.records import append, differing, exact_facts, mend, parent_of, say_inexact
+from nano360.rows import chunk_name, open_rows, read_manifest
+from nano360.tokenizers import load_tokenizer
 from train import check, make_plan, start, train
 
 DATA_MEANING = "the folder of the data set; none: the run's own"
@@ -384,7 +384,8 @@ def trace_command(argv: list[str]) -> None:
 # ---- batch: from a step to its rows and their documents ------------------------------------------
 
 def batch_command(argv: list[str]) -> None:
-    """analyze.py batch RUN --step=N: its rows in their order. Raises Stop(DATA) if others were."""
+    """analyze.py batch RUN --step=N: its rows in their order, and those of its incidents. Raises
+    Stop(DATA) if others were trained."""
     word, options = load_options(argv, BatchOptions, "a run such as out/demo")
     run, step = open_run(word, options.data), options.step
     if run.plan is None:
@@ -409,17 +410,13 @@ def batch_command(argv: list[str]) -> None:
     print(f"step {step}: visit {visit}, epoch {epoch}, chunk {chunk:03d}, ends in {ends}{here}")
     print(f"rows {ours}, metrics.jsonl "
           f"{'has no line of it yet' if logged is None else 'has the same'}{skipped}")
-    found = documents_of(run.data, run.manifest, name, order.tolist())
     texts = [""] * B
     if options.show_text:
         tokenizer = load_tokenizer(run.data, run.manifest["tokenizer"]["sha256"])
         texts = [f"    {plain(tokenizer.decode(row))}"
                  for row in open_rows(run.data, run.manifest, name)[order]]
-    of_row: dict[int, list[dict]] = {row: [] for row in order.tolist()}
-    for one in found or ():
-        of_row[one["row"]].append(one)
-    lines = [[row, *named(documents)] for row, documents in of_row.items()]
-    print_rows(["row", "source", "documents"], lines, texts)
+    print_documents(run, name, order.tolist(), texts)
+    print_incidents(run, step)
 
 
 # ---- replay --------------------------------------------------------------------------------------

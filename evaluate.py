@@ -38,19 +38,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs import (CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run, sha256_file,
-                     write_atomic)
-from extras.benchmarks import fetch_benchmarks
-from extras.checkpoints import checkpoints_of
-from extras.hf_folders import checkpoint_hash, read_config
-from extras.locks import locked
-from extras.place import Place, explain_reading, meet
-from extras.records import append, check_output, mend, trained_on
-from extras.tasks import (LEGACY, TASKS, Example, Task, detokenize, draw, over_subjects,
-                          read_examples, read_pages, read_text, stderr)
-from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, align, row_nats
-from prepare import open_rows, read_manifest, valid_name
+from nano360.checkpoints import checkpoints_of
+from nano360.config import CHECKPOINT, DATA, NUMERICAL, USAGE, Stop, key, load_options, run
+from nano360.files import locked, sha256_file, write_atomic
+from nano360.hf_folders import checkpoint_hash, read_config
+from nano360.place import Place, explain_reading, meet
+from nano360.records import append, check_output, mend, trained_on
+from nano360.rows import open_rows, read_manifest, valid_name
+from nano360.tasks import (LEGACY, TASKS, Example, Task, detokenize, draw, over_subjects,
+                           read_examples, read_pages, read_text, stderr)
+from nano360.tokenizers import Tokenizer, load_tokenizer
 
 SEED = {"current": 1234, "legacy": 42}  # of the harness' draws
 # Ids (T + 1,) int32 of which the last K are scored, and K. The model reads all but the last id.
@@ -565,6 +563,7 @@ def main(argv: list[str]) -> None:
     place = meet(options.device, options.dtype)
     try:
         if options.fetch and not place.rank:
+            from nano360.hub.benchmarks import fetch_benchmarks
             with locked(Path(options.data_dir)):
                 fetch_benchmarks([(TASKS[name].folder if name in TASKS else "") or name
                                   for name in shots], Path(options.data_dir))

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from configs import CHECKPOINT, ENVIRONMENT, ModelConfig, Stop
-from extras.hf_folders import read_config, read_weights, verify, write_folder
+from nano360.config import CHECKPOINT, ENVIRONMENT, ModelConfig, Stop
+from nano360.hf_folders import read_config, read_weights, verify, write_folder
 
 IGNORE = -100  # a target that is not counted
 LOSS_LOGITS = 2**22  # logits held at once for the loss: 16 MB, in and out of a CPU's cache

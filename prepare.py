@@ -12,10 +12,12 @@ chunks, so that all chunks have the same mix. Whatever the number of worker proc
 the same. Reads the sources of the run file; writes data/<dataset>/, whole or not at all:
 
     manifest.json       what went in and what came out: tokenizer, sources, files with their sha256
-    tokenizer.model     (or .tiktoken, .json) what the rows were made with
+    tokenizer.model     (or .tiktoken, .json) what the rows were made with; checkpoints copy it,
+                        tokenizer.json and tokenizer_config.json, which say it to transformers
+    piece_bytes.npy     how many bytes of text each id stands for
     train_000.bin ...   rows of seq_len + 1 token ids, uint16 or uint32, C order, no header
     valid_<source>.bin  held-out rows
-    canaries.json       strings planted in the rows, and where, if any are: extras/canaries.py
+    canaries.json       strings planted in the rows, if any are: nano360/analysis/canaries.py
     provenance/         the way back. <chunk>.npy: (source, epoch, row of its stream) of every row;
                         <source>_epoch_<e>.npy, <source>_held_out.npy (epoch -1): (first token of a
                         document in the stream, number of its file, line); <source>_files.json.
@@ -24,6 +26,8 @@ the same. Reads the sources of the run file; writes data/<dataset>/, whole or no
 Until then all is in data/<dataset>.part/, and the same command goes on after a kill.
 """
 
+import base64
+import collections
 import contextlib
 import dataclasses
 import json
@@ -31,33 +35,34 @@ import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from tqdm import tqdm
 
-from configs import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, Source, Stop, hash_json, key, load,
-                     read_sealed, run, say, sha256_file, sync, write_atomic, write_sealed)
-from extras.bill import bill
-from extras.canaries import TIMES, lay_out, plant
-from extras.fetch import HubOptions, fetch_command, shown
-from extras.locks import is_locked, locked
-from extras.sources import Corpus, is_remote, open_corpus
-from extras.tokenizers import choose_tokenizer, load_tokenizer, tokenizer_file
-from extras.tokens import (Stream, Work, leave_with_parent, n_rows, open_tokens, read_release,
-                           rows_of, segments, tokenize, write_documents)
+from nano360.bill import bill
+from nano360.config import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, DataConfig, Source, Stop,
+                            fill, key, load, run, say, split_words)
+from nano360.files import hash_json, locked, sha256_file, sync, write_atomic, write_sealed
+from nano360.rows import (FORMAT, HELD_OUT, PIECE_BYTES, chunk_name, data_hash, open_rows,
+                          permutation, read_manifest, valid_name)
+from nano360.sources import (DOWNLOADS, Corpus, Span, at_hand, cut, documents, is_remote,
+                             no_documents, open_corpus, shown)
+from nano360.tokenizer_json import tokenizer_files
+from nano360.tokenizers import Tokenizer, fim_ids, load_tokenizer, with_special
+from nano360.tokens import (Stream, Work, is_held_out, leave_with_parent, n_rows, read_release,
+                            rows_of, segments, tokenize, write_documents)
 
-FORMAT = 1  # of data/<dataset>/: readers refuse another
+SAMPLE = 8_000_000  # characters a new tokenizer is trained on
 MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the numbers
-HELD_OUT = -1  # the "epoch" of held-out rows in the provenance tables
 FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
-PATIENCE = 5.0  # seconds between two looks for a chunk that is being made
 SYNC_EVERY = 1 << 30  # bytes dealt to the chunks between two notes of how far it went
 
 
@@ -71,13 +76,129 @@ class PrepareOptions:
     stats: bool = key("show what is in a prepared set instead of making one", False)
 
 
-def permutation(n: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
-    """The order (n,) int64 of n things: a pure function that no library release changes.
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    hub: str = key("what to fetch: OWNER/NAME[@REVISION], or datasets/OWNER/NAME[@REVISION]")
+    to: str = key("the folder it is fetched to", pattern=".+")
+    files: str = key("which of its files, as in data/*.parquet; empty: those of a model", "")
 
-    Philox is specified to the bit (Salmon et al. 2011) and a stable argsort leaves no choice.
+
+# ---- the tokenizer -------------------------------------------------------------------------------
+
+def documents_of(corpus: Corpus, data: DataConfig) -> Iterator[tuple[Span, int, Iterator[str]]]:
+    """(file as one span, line, text in parts) of every document of a source, in order."""
+    notes = collections.Counter()  # of what is odd: tokenizing counts it again
+    for number in range(len(corpus.files)):
+        file = at_hand(corpus, number, data)
+        if file is None:
+            continue
+        for span in cut(file, corpus, file.size + 1):
+            for line, _, _, parts in documents(span, corpus.kind, corpus.source, data, [], notes):
+                yield span, line, parts
+
+
+def sample_text(corpus: Corpus, data: DataConfig) -> list[str]:
+    """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
+    limit = SAMPLE * corpus.source.weight / sum(source.weight for source in data.sources)
+    texts, size = [], 0  # (held out, text)
+    for span, line, parts in documents_of(corpus, data):
+        text = next(parts, "")[:1 << 20]  # enough of a long document
+        texts.append((is_held_out(data, corpus.source.name, span.name, line), text))
+        size += len(text)
+        if size > limit:
+            break
+    if not any(text.strip() for _, text in texts):
+        raise no_documents(corpus)
+    trained = [text for held_out, text in texts if not held_out]
+    return trained or [text for _, text in texts]
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
+    """A sentencepiece BPE model as LLaMA's: byte fallback, no normalization, digits apart.
+
+    Trained on lines, as LLaMA's was, so that a line break stays a byte of its own. The blank that
+    sentencepiece puts in front of a line takes the place of the line's first one.
     """
-    bits = np.random.Philox(key=seed << 64 | epoch << 32 | chunk)
-    return np.argsort(bits.random_raw(n), kind="stable")
+    import sentencepiece
+    lines = (line[1:] if line.startswith(" ") else line for t in texts for line in t.split("\n"))
+    out = BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for line in lines if line), model_writer=out, model_type="bpe",
+            vocab_size=vocab_size, byte_fallback=True, split_digits=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, character_coverage=0.9995,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 20,
+            num_threads=4, minloglevel=2)
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1].strip()
+        raise Stop(DATA, f"no tokenizer of {vocab_size} pieces can be made of this text: {reason}; "
+                   "give a smaller --vocab_size or more text") from error
+    return out.getvalue()
+
+
+def tiktoken_ranks(name: str) -> Tokenizer:
+    """The tokenizer that tiktoken knows by this name. Raises Stop(DATA)."""
+    import tiktoken
+    try:
+        coder = tiktoken.get_encoding(name)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise Stop(DATA, f"--tokenizer=tiktoken:{name}: {reason}; give a .tiktoken file") from error
+    ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank
+                     for token, rank in coder._mergeable_ranks.items())
+    spec = dict(pattern=coder._pat_str, special_tokens=coder._special_tokens)
+    return Tokenizer("tiktoken", ranks, spec)
+
+
+def tokenizer_file(data: DataConfig) -> str:
+    """The tokenizer's file, fetched from the hub if it is named so."""
+    named = re.fullmatch("hf:([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", data.tokenizer)
+    if not named:
+        return data.tokenizer
+    repo, revision, name = named.groups("")
+    path = DOWNLOADS / re.sub("[^A-Za-z0-9._-]+", "_", f"{repo}@{revision}") / Path(name).name
+    if not path.is_file():
+        from nano360.hub.fetch import fetch, list_hub
+        _, remotes = list_hub(repo, revision, name)
+        fetch(remotes[0], path)
+    return str(path)
+
+
+def choose_tokenizer(config: Config, corpora: list[Corpus], kept: Path) -> Tokenizer:
+    """The tokenizer that the run file asks for: trained here, tiktoken's by name, or a file.
+
+    A tokenizer that is trained is `kept`: a preparation that goes on goes on with it.
+    """
+    data, name = config.data, config.data.tokenizer
+    special = data.special_tokens.split()
+    if name == "bpe":
+        size = config.model.vocab_size - len(special)
+        if not kept.is_file():
+            say(f"training a tokenizer of {size} pieces")
+            texts = (text for corpus in corpora for text in sample_text(corpus, data))
+            write_atomic(kept, base64.b64encode(train_tokenizer(texts, size)).decode())
+        tokenizer = Tokenizer("sentencepiece", base64.b64decode(kept.read_text()), {})
+    elif name.startswith("tiktoken:"):
+        tokenizer = tiktoken_ranks(name.removeprefix("tiktoken:"))
+    else:
+        tokenizer = load_tokenizer(tokenizer_file(data), data.tokenizer_sha256)
+    if special:
+        if tokenizer.kind != "sentencepiece":
+            raise Stop(USAGE, "special_tokens can be added to a sentencepiece model only, the "
+                       f"tokenizer is {tokenizer.kind}")
+        try:
+            tokenizer = Tokenizer("sentencepiece", with_special(tokenizer.data, special), {})
+        except RuntimeError as error:
+            raise Stop(USAGE, f"special_tokens: {str(error).partition(': ')[2]}") from error
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise Stop(DATA, f"tokenizer {name} has {tokenizer.vocab_size} ids, vocab_size "
+                   f"is {config.model.vocab_size}: give --vocab_size={tokenizer.vocab_size}")
+    if data.bos and tokenizer.bos is None:
+        raise Stop(USAGE, f"bos = true, but tokenizer {name} has no BOS")
+    if any(source.fim_rate for source in data.sources):
+        fim_ids(tokenizer)
+    return tokenizer
 
 
 # ---- rows -> chunks ------------------------------------------------------------------------------
@@ -247,69 +368,7 @@ def write_origins(parts: list[Streams], per_chunk: list[int], work: Work, out: P
         np.save(way / f"{chunk_name(k)}.npy", np.concatenate(found))
 
 
-# ---- the data set as its readers see it ----------------------------------------------------------
-
-def chunk_name(k: int) -> str:
-    return f"train_{k:03d}.bin"
-
-
-def valid_name(source: str) -> str:
-    return f"valid_{source}.bin"
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a prepared set, its seal checked. Raises Stop(DATA) if there is none."""
-    if not folder.is_dir():
-        raise Stop(DATA, f"{folder} not found here; make it first: python prepare.py CONFIG "
-                   f"--dataset={folder.name}, or run in the folder that holds data/")
-    manifest = read_sealed(folder / "manifest.json", DATA)
-    if manifest["format"] != FORMAT:
-        raise Stop(DATA, f"{folder} has format {manifest['format']}, this code reads {FORMAT}")
-    return manifest
-
-
-def awaited(folder: Path, manifest: dict, name: str, told: Callable[[], int]) -> dict | None:
-    """What the manifest says of a file once it is there, while prepare.py is still at work."""
-    began = time.monotonic()
-    while (name not in (now := read_manifest(folder))["files"] or not (folder / name).is_file()
-           ) and is_locked(folder):
-        if number := told():
-            raise Stop(128 + number, f"stopped by a signal, waiting for {folder / name}")
-        if time.monotonic() - began < PATIENCE:
-            say(f"waiting for {folder / name}, which prepare.py is making")
-        time.sleep(PATIENCE)
-    return now["files"].get(name) if now["data_hash"] == manifest["data_hash"] else None
-
-
-def open_rows(folder: Path, manifest: dict, name: str, told: Callable[[], int] = int) -> np.ndarray:
-    """The rows of a chunk, (rows, seq_len + 1), mapped from the file after it was checked.
-
-    Checked are size, sha256, and that every id is one of the tokenizer's: a wrong id would
-    otherwise end in the embedding, far from its cause. A chunk that is being made is waited for,
-    until a signal is `told`. Raises Stop(DATA).
-    """
-    path, entry = folder / name, manifest["files"].get(name)
-    if entry is None or not path.is_file():
-        entry = awaited(folder, manifest, name, told)
-    if entry is None or not path.is_file():
-        raise Stop(DATA, f"{path} is missing; make it: python prepare.py CONFIG "
-                   f"--dataset={folder.name}")
-    dtype, T1 = np.dtype(manifest["dtype"]), manifest["seq_len"] + 1
-    size, expected = path.stat().st_size, entry["rows"] * T1 * dtype.itemsize
-    if size != expected:
-        raise Stop(DATA, f"{path} has {size} bytes, expected {expected} ({entry['rows']} rows of "
-                   f"{T1} {dtype}); prepare it again")
-    if (digest := sha256_file(path)) != entry["sha256"]:
-        raise Stop(DATA, f"{path} was changed: its sha256 is {digest}, the manifest says "
-                   f"{entry['sha256']}; see python prepare.py CONFIG --verify")
-    rows = open_tokens(path, dtype).reshape(-1, T1)
-    limit = manifest["tokenizer"]["vocab_size"]
-    if rows.size and (top := int(rows.max())) >= limit:
-        at = int(rows.argmax())
-        raise Stop(DATA, f"{path}: id {top} at row {at // T1}, token {at % T1} (byte "
-                   f"{at * dtype.itemsize}), but the tokenizer has {limit} ids; prepare it again")
-    return rows
-
+# ---- what is in a set --------------------------------------------------------------------------
 
 def show(folder: Path, manifest: dict) -> None:
     """Print what is in a prepared set, source by source."""
@@ -334,6 +393,7 @@ def show(folder: Path, manifest: dict) -> None:
         if notes := ", ".join(f"{k} {v:,}" for k, v in one["notes"].items()):
             print(f"noticed in {one['name']}: {notes}")
     if n := manifest["recipe"].get("canaries"):
+        from nano360.analysis.canaries import TIMES
         print(f"planted: {n * len(TIMES)} canaries, {n * sum(TIMES):,} times")
 
 
@@ -374,11 +434,6 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
                 **{k: getattr(data, k) for k in keys})
 
 
-def data_hash(recipe: dict, tokenizer: str) -> str:
-    """Of a recipe and its tokenizer's sha256: another sentencepiece may train another one of it."""
-    return hash_json(recipe | {"sha256": tokenizer})
-
-
 def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dict]) -> dict:
     """The manifest of a set, without its files."""
     spec, data = work.tokenizer.spec(), work.config.data
@@ -410,9 +465,12 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
         epochs = n * data.n_chunks / part.rows(0, work)
         for epoch in range(1, int(np.ceil(epochs - 0.01)) if part.corpus.source.fim_rate else 1):
             part.streams.append(tokenize(part.corpus, epoch, work))
-    laid = lay_out(work, sum(per_chunk))  # or refused, before all rows are dealt
+    if data.canaries:
+        from nano360.analysis.canaries import lay_out, plant
+        laid = lay_out(work, sum(per_chunk))  # or refused, before all rows are dealt
     deal(parts, per_chunk, work, out)
-    plant(laid, work, out, [chunk_name(k) for k in range(data.n_chunks)])
+    if data.canaries:
+        plant(laid, work, out, [chunk_name(k) for k in range(data.n_chunks)])
     write_origins(parts, per_chunk, work, out)
     sources = []
     for s, (part, n) in enumerate(zip(parts, per_chunk, strict=True)):
@@ -550,7 +608,9 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
         tokenizer = choose_tokenizer(config, corpora, work_folder / f"{digest}.tokenizer")
         out, workers = part / digest, data.workers or os.cpu_count() or 1
         (out / "provenance").mkdir(parents=True, exist_ok=True)
-        (out / tokenizer.file).write_bytes(tokenizer.data)
+        for name, content in tokenizer_files(tokenizer).items():
+            (out / name).write_bytes(content)
+        np.save(out / PIECE_BYTES, tokenizer.piece_bytes())
         for source in [] if made else filter(is_remote, data.sources):
             name = f"{source.name}_listing.json"
             kept = json.loads((work_folder / name).read_text(encoding="utf-8"))
@@ -574,6 +634,16 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
             shutil.rmtree(part)
         raise
     shutil.rmtree(part)
+
+
+def fetch_command(argv: list[str]) -> None:
+    """--hub=REPO[@REVISION] --to=DIR [--files=PATTERN]: the one command without a run file."""
+    from nano360.hub.fetch import fetch_repo
+    words, given = split_words(argv, get_type_hints(HubOptions))
+    if words:
+        raise Stop(USAGE, f"expected --hub=REPO --to=DIR alone, got {' '.join(words)!r}")
+    options = fill([HubOptions], given)[0]
+    fetch_repo(options.hub, options.files, Path(options.to))
 
 
 def main(argv: list[str]) -> None:

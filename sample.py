@@ -18,9 +18,9 @@ from typing import Literal
 
 import torch
 
-from configs import USAGE, Stop, key, load_options, run
-from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, choose_device
+from nano360.config import USAGE, Stop, key, load_options, run
+from nano360.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

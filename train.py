@@ -13,7 +13,7 @@ command goes on where the run stopped. Reads data/<dataset>/; writes out/<run>/:
     run.json         every knob, every launch (command line, code, versions, hardware), data hash,
                      parent, and the queue: which chunks were deferred, and which dropped
     metrics.jsonl    a line per optimizer step, and per visit a line for each held-out source
-    incidents.jsonl  steps that were not taken, with the documents behind them; spikes; restarts
+    incidents.jsonl  steps that were not taken, and their rows; spikes; restarts
     ckpt_000/ ...    one per visit: a Hugging Face folder + optimizer/ + state.json; whole or absent
     last/            the same inside a visit: every ten minutes, at a signal, and at max_steps
 """
@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,25 +42,35 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
-from configs import (CHECKPOINT, DATA, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig, Stop, load,
-                     run, say, sha256_file)
-from extras.checkpoints import (FORMAT, MASTER, Saver, check_shape, check_space, checkpoints_of,
-                                discard, found, load_optimizer, sweep, thin)
-from extras.hf_folders import verify
-from extras.locks import locked
-from extras.place import (Clock, Place, Watch, choose_place, clip, exchange, explain, listening,
-                          random_states, set_random_states, total)
-from extras.plan import PlanOptions, print_plan, rows_of
-from extras.provenance import documents_of
-from extras.records import (QUEUE, SPIKE, WINDOW, exact_facts, failed, is_validated, judge,
-                            metrics_hash, open_journal, parent_of, read_run, recent_losses,
-                            save_run, spike, truncate_metrics, without, write_run)
-from extras.tokenizers import load_tokenizer
 from model import (IGNORE, Block, Transformer, flops_per_token, hardware, init_weights,
                    param_groups, parameters, peak_flops, peak_memory)
-from prepare import chunk_name, open_rows, permutation, read_manifest, valid_name
+from nano360.checkpoints import (FORMAT, MASTER, Saver, check_shape, check_space, checkpoints_of,
+                                 discard, found, load_optimizer, sweep, thin)
+from nano360.config import (CHECKPOINT, DATA, NUMERICAL, SECTIONS, USAGE, Config, OptimConfig, Stop,
+                            key, load, run, say)
+from nano360.files import locked, sha256_file
+from nano360.hf_folders import verify
+from nano360.layout import rows_of
+from nano360.place import (Clock, Place, Watch, choose_place, clip, exchange, explain, listening,
+                           random_states, set_random_states, total)
+from nano360.records import (QUEUE, SPIKE, WINDOW, exact_facts, failed, is_validated, judge,
+                             metrics_hash, open_journal, parent_of, read_run, recent_losses,
+                             save_run, spike, truncate_metrics, without, write_run)
+from nano360.rows import (chunk_name, open_rows, permutation, read_manifest, read_tokenizer_files,
+                          valid_name)
 
 Runner = Callable[..., torch.Tensor]  # what the loop calls: the model, or what it is wrapped in
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    plan: bool = key("print what the run will need, and end", False)
+    world_size: int | None = key("GPUs of the plan, in all; none: one node", None, low=1)
+    gpu: Literal["a100-40", "a100-80", "h100-80", "h200-141", "b200-192"] = key(
+        "GPU of the plan", "h100-80")
+    gpus_per_node: int = key("GPUs of a node of the plan", 8, low=1)
+    mfu: float | None = key("share of the GPUs' peak that the plan counts on; none: a table", None,
+                            above=0, high=1)
 
 
 # ---- order: which rows, when ---------------------------------------------------------------------
@@ -189,7 +200,7 @@ def parallelize(model: Transformer, place: Place, config: Config) -> Runner:
     stages: list = [model]
     # 1. Only this rank's blocks, and its part of each matrix: what follows sees nothing else.
     if place.size("tp", "pp") > 1:
-        from extras.parallel import Pipeline, split
+        from nano360.scale.parallel import Pipeline, split
         stages = split(model, place, config)
     # 2. What is computed again, inside of what is compiled; then 3. each block, in place: names
     # stay as they are, and compile time does not grow with depth.
@@ -343,7 +354,7 @@ def forward_backward(runner: Runner, rows: np.ndarray, micro: int, place: Place,
 def norm_of(model: Transformer, place: Place) -> torch.Tensor:
     """The global norm of all gradients."""
     if place.size("tp", "pp") > 1:
-        from extras.parallel import global_norm
+        from nano360.scale.parallel import global_norm
         return global_norm(model, place)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of the shards of all ranks
@@ -373,12 +384,11 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
     before its visit, and on with that queue.
     """
     folder = Path("data") / config.data.dataset
-    tokenizer = load_tokenizer(folder, manifest["tokenizer"]["sha256"])
+    tokenizer = read_tokenizer_files(folder, manifest)
     n_rank, micro = rows_of(config, place.dp_world)  # rows of a batch here, and at a time
     lot = n_rank if place.size("pp") > 1 else micro  # rows look() takes: a pipeline's are fixed
     n_params = parameters(config.model)
     flops, peak = flops_per_token(config.model), peak_flops(place.device)
-    sizes = tokenizer.piece_bytes()  # every target is one of its ids
     left_out = manifest["rows_per_chunk"] - plan.steps_per_visit * config.optim.batch_size
     say(f"{n_params / 1e6:.2f}M parameters, {hardware(place.device)} x {place.world}"
         f"{'' if peak else ' (its peak is not known: no mfu)'}, "
@@ -390,7 +400,8 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
         if not validating:
             return
         lines = [{"kind": "valid", "step": step, "visit": plan.visit_of(step), **line}
-                 for line in validate(model, runner, place, manifest, folder, sizes, lot)]
+                 for line in validate(model, runner, place, manifest, folder, tokenizer.piece_bytes,
+                                  lot)]
         journal.metrics(lines)
         for line in lines:
             say(f"  valid {line['source']:<12} loss {line['loss']:.4f}  "
@@ -436,8 +447,7 @@ def train(config: Config, manifest: dict, place: Place, plan: Plan, out: Path, r
             elif not taken:
                 action = judge(config, state, step, visit)
                 bad = numbers[suspects(model, runner, mine, lot, place)].tolist()
-                failed(journal, where, action, lr, place, losses, norms, bad,
-                       documents_of(folder, manifest, chunk_name(chunk), bad))
+                failed(journal, where, action, lr, place, losses, norms, bad)
                 if action != "skip":
                     return without(state, visit, action)
                 state["skipped"].append(step)
@@ -585,7 +595,9 @@ def go(config: Config, manifest: dict, place: Place, out: Path, argv: list[str],
 def main(argv: list[str]) -> None:
     config, options = load(argv, PlanOptions)
     if options.plan:
-        print_plan(config, options)
+        from nano360.scale.plan import print_plan
+        print_plan(config, options.world_size or options.gpus_per_node, options.gpu,
+                   options.gpus_per_node, options.mfu)
         return
     manifest = read_manifest(Path("data") / config.data.dataset)
     out, place = Path("out") / config.train.run, choose_place(config)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPO))
 
 from safetensors.numpy import load_file  # noqa: E402
 
-from configs import NUMERICAL, USAGE, Stop, run  # noqa: E402
+from nano360.config import NUMERICAL, USAGE, Stop, run  # noqa: E402
 from small import write_inputs  # noqa: E402
 
 MODELS = ("llama", "crystal")
@@ -46,6 +46,14 @@ LEFT_OUT = [
 ALLOWED = [
     ("out/*/run.json", "launches.*.exact.threads", 1, "run.json records torch's threads"),
     ("out/*/run.json", "launches.*.exact.cpu_capability", 1, "and the CPU's capability"),
+    ("out/*/incidents.jsonl", "documents", 2, "analyze.py looks documents up"),
+    ("data/*/tokenizer.json", "", 2, "a data set has what a checkpoint copies"),
+    ("data/*/tokenizer_config.json", "", 2, "and this"),
+    ("data/*/piece_bytes.npy", "", 2, "and what bits per byte are counted with"),
+    ("data/*/manifest.json", "files.tokenizer.json", 2, "its manifest lists them"),
+    ("data/*/manifest.json", "files.tokenizer_config.json", 2, "and this"),
+    ("data/*/manifest.json", "files.piece_bytes.npy", 2, "and this"),
+    ("data/*/manifest.json.sha256", "", 2, "the seal of that manifest"),
 ]
 
 

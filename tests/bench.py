@@ -45,17 +45,17 @@ import harness  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from against import checkout  # noqa: E402
-from configs import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
-from extras.checkpoints import Saver  # noqa: E402
-from extras.place import Place  # noqa: E402
-from extras.provenance import Part  # noqa: E402
-from extras.search import find_text  # noqa: E402
-from extras.sources import open_corpus  # noqa: E402
-from extras.tokenizer_json import tokenizer_files  # noqa: E402
-from extras.tokenizers import Tokenizer, load_tokenizer, train_tokenizer  # noqa: E402
-from extras.tokens import Work, leave_with_parent  # noqa: E402
 from model import Transformer, class_of, draw, init_weights, tensor_classes  # noqa: E402
-from prepare import make, recipe_of  # noqa: E402
+from nano360.analysis.provenance import Part  # noqa: E402
+from nano360.analysis.search import find_text  # noqa: E402
+from nano360.checkpoints import Saver  # noqa: E402
+from nano360.config import NUMERICAL, USAGE, ModelConfig, Stop, load, run  # noqa: E402
+from nano360.place import Place  # noqa: E402
+from nano360.sources import open_corpus  # noqa: E402
+from nano360.tokenizer_json import tokenizer_files  # noqa: E402
+from nano360.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
+from nano360.tokens import Work, leave_with_parent  # noqa: E402
+from prepare import make, recipe_of, train_tokenizer  # noqa: E402
 
 PROMPT, NEW, TOP_K = 32, 256, 50
 SHAPES = [  # vocabulary, batch, type, the ratio that is asked for

@@ -33,7 +33,7 @@ def demo(tmp_path_factory, worker_id) -> Path:
 @pytest.fixture(scope="session")
 def server():
     """Where tests/ranks.py forks from; a process can have one alone. What it has imported stands in
-    all children: so not test_layouts.py, as some want to see who imports extras/parallel.py."""
+    all children: so not test_layouts.py, as some want to see who imports parallel.py."""
     from ranks import forkserver
     return forkserver("test_damage")
 

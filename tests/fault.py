@@ -26,7 +26,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import train  # noqa: E402
-from configs import SECTIONS, USAGE, Stop, fill, key, run, split_words  # noqa: E402
+from nano360.config import SECTIONS, USAGE, Stop, fill, key, run, split_words  # noqa: E402
 
 LIST = "([0-9]+(,[0-9]+)*)?"
 FACTOR = 5.0  # of a spike

@@ -37,11 +37,13 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import evaluate  # noqa: E402
-from configs import NUMERICAL, USAGE, ModelConfig, Stop, fill, key, run, split_words  # noqa: E402
-from extras.tasks import TASKS  # noqa: E402
-from extras.tokenizer_json import tokenizer_files  # noqa: E402
-from extras.tokenizers import Tokenizer, load_tokenizer, train_tokenizer  # noqa: E402
 from model import Transformer, init_weights  # noqa: E402
+from nano360.config import (  # noqa: E402
+    NUMERICAL, USAGE, ModelConfig, Stop, fill, key, run, split_words)
+from nano360.tasks import TASKS  # noqa: E402
+from nano360.tokenizer_json import tokenizer_files  # noqa: E402
+from nano360.tokenizers import Tokenizer, load_tokenizer  # noqa: E402
+from prepare import train_tokenizer  # noqa: E402
 
 SHARED = REPO.parent / "shared" / "data"
 BATCHES = (1, 7, 32)

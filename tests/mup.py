@@ -31,9 +31,10 @@ import torch.nn as nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from any folder
-from configs import ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, OptimConfig, Source, Stop, run, say
-from extras.sources import find_files
 from model import Transformer, flops_per_token, init_weights, param_groups, tensor_classes
+from nano360.config import (ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, OptimConfig, Source, Stop,
+                            run, say)
+from nano360.sources import find_files
 from train import lr_at
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -49,10 +49,11 @@ TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))  # run from any folder
 import model as model_file  # noqa: E402
 import train  # noqa: E402
-from configs import SECTIONS, USAGE, Config, Stop, fill, key, run, say, split_words  # noqa: E402
-from extras.place import Clock, Place, choose_place, clip, exchange  # noqa: E402
-from extras.plan import layout_errors, layout_of  # noqa: E402
 from model import Block, Transformer, init_weights, param_groups  # noqa: E402
+from nano360.config import (  # noqa: E402
+    SECTIONS, USAGE, Config, Stop, fill, key, run, say, split_words)
+from nano360.layout import layout_errors, layout_of  # noqa: E402
+from nano360.place import Clock, Place, choose_place, clip, exchange  # noqa: E402
 from ranks import free_port  # noqa: E402
 
 LAYOUTS = ("dp2", "fsdp2", "dp2.fsdp2", "tp2", "pp2", "pp4", "pp2.stages2", "dp2.tp2", "fsdp2.tp2",

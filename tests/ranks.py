@@ -21,7 +21,7 @@ from time import monotonic
 from unittest import mock
 
 import train
-from configs import run
+from nano360.config import run
 
 GOOD = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500"}

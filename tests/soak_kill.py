@@ -37,7 +37,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from configs import CHECKPOINT, DATA, USAGE, Stop, run  # noqa: E402
+from nano360.config import CHECKPOINT, DATA, USAGE, Stop, run  # noqa: E402
 
 POLL = 0.002  # seconds between two looks at a run's folder
 RUN = """

@@ -27,7 +27,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from configs import DATA, Stop, run  # noqa: E402
+from nano360.config import DATA, Stop, run  # noqa: E402
 from soak_kill import kills_of  # noqa: E402
 
 SIZE = 10_000_000  # bytes of text

@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import prepare  # noqa: E402
 import soak_kill  # noqa: E402
-from configs import CHECKPOINT, ENVIRONMENT, Stop, run, say  # noqa: E402
+from nano360.config import CHECKPOINT, ENVIRONMENT, Stop, run, say  # noqa: E402
 from ranks import forkserver, start, trains  # noqa: E402
 
 LAYOUTS = {"DDP": "--dp_shard=1", "FSDP2": "--dp_shard=2", "pipeline": "--pp=2"}

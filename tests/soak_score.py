@@ -32,9 +32,10 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from configs import CHECKPOINT, DATA, ModelConfig, Stop, run  # noqa: E402
-from extras.tokenizers import load_tokenizer, train_tokenizer  # noqa: E402
 from harness import save_llama, write_rows  # noqa: E402
+from nano360.config import CHECKPOINT, DATA, ModelConfig, Stop, run  # noqa: E402
+from nano360.tokenizers import load_tokenizer  # noqa: E402
+from prepare import train_tokenizer  # noqa: E402
 from soak_kill import in_a_folder, text_of  # noqa: E402
 
 POLL = 0.0005  # seconds between two looks at a run's folder

@@ -23,7 +23,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import analyze
-from configs import run, sha256_file, write_sealed
+from nano360.config import run
+from nano360.files import sha256_file, write_sealed
 
 
 def said(*argv: str) -> tuple[int, str]:

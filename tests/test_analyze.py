@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import analyze
 import train
-from configs import run, sha256_file, write_sealed
+from nano360.config import run
+from nano360.files import sha256_file, write_sealed
 from test_train import hashes, loopback, prepared, room, torchrun  # noqa: F401
 
 

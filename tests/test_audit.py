@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import train
-from configs import sha256_file, write_sealed
-from prepare import data_hash
+from nano360.files import sha256_file, write_sealed
+from nano360.rows import data_hash
 from test_analyze import change, plant, replay
 from test_train import TINY, hashes, prepared  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""extras/benchmarks.py: every benchmark's files as their makers laid them out -> the hub's rows.
+"""hub/benchmarks.py: every benchmark's files as their makers laid them out -> the hub's rows.
 
     pytest tests/test_benchmarks.py
 
@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from configs import DATA, Stop, write_atomic
-from extras import benchmarks
-from extras import fetch as net
-from extras.benchmarks import ORIGINS, fetch_benchmarks
-from extras.tasks import LEGACY, TASKS, read_examples, read_pages
+from nano360.config import DATA, Stop
+from nano360.files import write_atomic
+from nano360.hub import benchmarks, fetch as net
+from nano360.hub.benchmarks import ORIGINS, fetch_benchmarks
+from nano360.tasks import LEGACY, TASKS, read_examples, read_pages
 from test_fetch import start, stopped
 
 REAL = dict(ORIGINS)

@@ -1,4 +1,4 @@
-"""extras/canaries.py: what is planted stands in the rows as often as it says, and nowhere else.
+"""analysis/canaries.py: what is planted stands in the rows as often as it says, and nowhere else.
 
 Rows are read with numpy, and decoded and counted with sentencepiece and tiktoken themselves.
 """
@@ -17,18 +17,19 @@ import pytest
 import sentencepiece
 import tiktoken
 
-import configs
 import prepare
-from configs import DATA, USAGE, Stop
-from extras import canaries, tokens
-from extras.canaries import Canary, encode, overwritten, read_canaries
-from extras.provenance import documents_of, find_document
-from extras.records import read_run
-from extras.runs import read_data
-from extras.search import find_text
-from extras.tokenizer_json import tokenizer_files
-from extras.tokenizers import PATTERN, Tokenizer, load_tokenizer, train_tokenizer
-from prepare import read_manifest
+from nano360 import tokens
+from nano360.analysis import canaries
+from nano360.analysis.canaries import Canary, encode, overwritten, read_canaries
+from nano360.analysis.provenance import documents_of, find_document
+from nano360.analysis.runs import read_data
+from nano360.analysis.search import find_text
+from nano360.config import DATA, USAGE, Stop, load
+from nano360.records import read_run
+from nano360.rows import read_manifest
+from nano360.tokenizer_json import tokenizer_files
+from nano360.tokenizers import PATTERN, Tokenizer, load_tokenizer
+from prepare import train_tokenizer
 from test_prepare import DEMO, MERGES, die_at, files_of, prepare_here, ranks, story, write
 
 SET = dict(input="text", seq_len=63, n_chunks=3, canaries=2)  # 222 plantings
@@ -253,7 +254,7 @@ def test_a_run_says_what_its_rows_hold(root, tmp_path):
     for name, n in (("planted", 2), ("plain", 0)):
         manifest = read_manifest(root / "data" / name)
         for said in ("0", "2", "7"):
-            config, _ = configs.load([str(DEMO), f"--canaries={said}", f"--dataset={name}"])
+            config, _ = load([str(DEMO), f"--canaries={said}", f"--dataset={name}"])
             record = read_run(config, manifest, tmp_path / name)
             assert record["config"]["data"]["canaries"] == n
             write(tmp_path / name, {"run.json": json.dumps(record)})

@@ -1,4 +1,4 @@
-"""configs/: every run file loads, and everything that can be wrong with one is said in words."""
+"""nano360/config.py: every run file loads, and all that can be wrong with one is said in words."""
 
 import builtins
 import dataclasses
@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-import configs
-from configs import SECTIONS, Config, Stop, from_json, load, read_sealed, to_json, write_sealed
+import nano360.config
+import nano360.files
+from nano360.config import SECTIONS, Config, Stop, from_json, load, to_json
+from nano360.files import read_sealed, sha256_file, write_sealed
 
-REPO = Path(configs.__file__).parent.parent
+REPO = Path(nano360.config.__file__).parent.parent
 RUN_FILES = sorted((REPO / "configs").glob("[!_]*.py"))
-CLASSES = [*SECTIONS.values(), configs.Source]
+CLASSES = [*SECTIONS.values(), nano360.config.Source]
 
 # Every key that has no default.
 SMALLEST = """\
@@ -37,8 +39,8 @@ END = SMALLEST.count("\n")  # lines before what a test adds
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of a stage, as prepare.py has them."""
-    verify: bool = configs.key("check", False)
-    text: str | None = configs.key("some text", None)
+    verify: bool = nano360.config.key("check", False)
+    text: str | None = nano360.config.key("some text", None)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def refused(*argv: str, options: type | None = None) -> list[str]:
     """The lines with which a command line is refused."""
     with pytest.raises(Stop) as stop:
         load(list(argv), options)
-    assert stop.value.code == configs.USAGE
+    assert stop.value.code == nano360.config.USAGE
     return str(stop.value).splitlines()
 
 
@@ -76,13 +78,13 @@ def test_loading_needs_the_standard_library_only():
     """--help and --plan must not wait for torch, nor need numpy."""
     code = ("import sys\n"
             "before = set(sys.modules)  # what an installation loads at every start\n"
-            "import configs\n"
-            "for path in sys.argv[1:]: configs.load([path])\n"
+            "import nano360.config\n"
+            "for path in sys.argv[1:]: nano360.config.load([path])\n"
             "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
             "print(*sorted(new - set(sys.stdlib_module_names)))")
     done = subprocess.run([sys.executable, "-c", code, *map(str, RUN_FILES)], cwd=REPO,
                           capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "configs", "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "configs nano360", "")
     assert len(RUN_FILES) >= 2
 
 
@@ -111,7 +113,7 @@ def test_llama_tokenizer_is_the_one_that_amber_7b_names(shared):
     path = shared / "tokenizer" / "llama_tokenizer.model"
     if not path.is_file():
         pytest.skip("no llama_tokenizer.model in ../shared/data/tokenizer")
-    assert configs.sha256_file(path) == config.data.tokenizer_sha256
+    assert sha256_file(path) == config.data.tokenizer_sha256
 
 
 def test_a_run_derives_from_another(file):
@@ -130,7 +132,7 @@ def test_a_run_derives_from_another(file):
 
 def test_a_run_file_has_a_namespace_of_its_own(file):
     """What it defines, and the builtins it may shadow, reach neither us nor the next file."""
-    before = dict(vars(configs)), dict(vars(builtins)), sys.modules.get("__main__")
+    before = dict(vars(nano360.config)), dict(vars(builtins)), sys.modules.get("__main__")
     path = file("import string\nfrom math import pi as _pi\n_width = 4\nn_embd = _width * 4\n"
                 "assert __name__ == 'run_file'\n")
     assert load([path])[0].model.n_embd == 16  # modules and _names are not keys
@@ -138,7 +140,7 @@ def test_a_run_file_has_a_namespace_of_its_own(file):
     assert refused(path) == [f"{path}:{END + 1}: unknown key 'len'; did you mean 'seq_len'? "
                              "(--help lists all)"]
     assert "'_width' is not defined" in refused(file("n_embd = _width * 4\n"))[0]
-    assert before == (dict(vars(configs)), dict(vars(builtins)), sys.modules.get("__main__"))
+    assert before == (dict(vars(nano360.config)), dict(vars(builtins)), sys.modules.get("__main__"))
     assert "mine" not in sys.modules and "run_file" not in sys.modules
 
 
@@ -149,7 +151,7 @@ def test_values_of_a_file_keep_or_widen_their_type(file):
                         "sources = [dict(name='a', path='b', weight=2)]\n")])[0]
     assert repr(config.optim.lr) == "1.0" and config.optim.max_steps is None
     assert config.train.compile is False
-    assert config.data.sources == (configs.Source(name="a", path="b", weight=2.0),)
+    assert config.data.sources == (nano360.config.Source(name="a", path="b", weight=2.0),)
     assert repr(config.data.sources[0].weight) == "2.0"
 
 
@@ -233,8 +235,8 @@ def test_a_wrong_line_is_refused_with_its_place(file, line, said):
 
 def test_nanogpt_names_lead_to_keys_that_exist():
     keys = {f.name for c in SECTIONS.values() for f in dataclasses.fields(c)}
-    assert set(configs.NANOGPT_NAMES.values()) <= keys
-    assert not set(configs.NANOGPT_NAMES) & keys
+    assert set(nano360.config.NANOGPT_NAMES.values()) <= keys
+    assert not set(nano360.config.NANOGPT_NAMES) & keys
 
 
 def test_a_wrong_key_that_a_run_inherits_is_refused(file):
@@ -396,14 +398,14 @@ def test_options_of_a_stage(file):
 
 def test_load_options():
     """For stages that take a checkpoint instead of a run file."""
-    word, options = configs.load_options(["out/x", "--text=a b"], Options, "a checkpoint")
+    word, options = nano360.config.load_options(["out/x", "--text=a b"], Options, "a checkpoint")
     assert (word, options) == ("out/x", Options(text="a b"))
     for argv, got in (([], "nothing"), (["a", "b"], "a b")):
         with pytest.raises(Stop) as stop:
-            configs.load_options(argv, Options, "a checkpoint")
+            nano360.config.load_options(argv, Options, "a checkpoint")
         assert str(stop.value) == (f"expected a checkpoint, got {got!r} (--help lists all "
                                    "options)")
-        assert stop.value.code == configs.USAGE
+        assert stop.value.code == nano360.config.USAGE
 
 
 # ---- the schema ----------------------------------------------------------------------------------
@@ -420,11 +422,12 @@ def test_keys_are_unique_and_have_meanings_and_good_defaults():
     fields = [(c, f) for c in SECTIONS.values() for f in dataclasses.fields(c)]
     names = [f.name for _, f in fields]
     assert len(set(names)) == len(names)
-    for c, f in fields + [(configs.Source, f) for f in dataclasses.fields(configs.Source)]:
+    source = nano360.config.Source
+    for c, f in fields + [(source, f) for f in dataclasses.fields(source)]:
         assert f.metadata["meaning"].strip(), f.name
         if f.default is not dataclasses.MISSING:
             hint = typing.get_type_hints(c)[f.name]
-            value, complaint = configs.check_value(f.default, hint, f)
+            value, complaint = nano360.config.check_value(f.default, hint, f)
             assert (repr(value), complaint) == (repr(f.default), ""), f.name
 
 
@@ -447,7 +450,7 @@ def test_help_names_every_key_with_its_meaning(capsys):
         raise AssertionError("--help ran the stage")
     for flag in ("--help", "-h"):
         classes = [Options, *SECTIONS.values()]
-        assert configs.run(never, "What it does.", classes, ["x.py", flag]) == 0
+        assert nano360.config.run(never, "What it does.", classes, ["x.py", flag]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "What it does."
         for c in classes:
@@ -489,10 +492,10 @@ def test_sealed_json_comes_back(tmp_path):
     path, content = tmp_path / "a.json", {"a": [1, 2.5, None, True, "é\n"], "b": {}}
     write_sealed(path, {"old": 1})
     write_sealed(path, content)
-    assert read_sealed(path, configs.DATA) == content
+    assert read_sealed(path, nano360.config.DATA) == content
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.sha256"]
     seal = (tmp_path / "a.json.sha256").read_text()
-    assert seal == f"{configs.sha256_file(path)}  a.json\n"
+    assert seal == f"{sha256_file(path)}  a.json\n"
     if shutil.which("sha256sum"):
         done = subprocess.run(["sha256sum", "-c", "a.json.sha256"], cwd=tmp_path,
                               capture_output=True)
@@ -502,7 +505,7 @@ def test_sealed_json_comes_back(tmp_path):
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
 def test_sealed_json_survives_a_kill_while_it_is_written_anew(done, tmp_path, monkeypatch):
     """After any of its writes there is the old content or the new one, and its seal fits."""
-    path, write, writes = tmp_path / "manifest.json", configs.write_atomic, []
+    path, write, writes = tmp_path / "manifest.json", nano360.files.write_atomic, []
     write_sealed(path, {"n": 1})
 
     def killed(name, text):
@@ -510,17 +513,17 @@ def test_sealed_json_survives_a_kill_while_it_is_written_anew(done, tmp_path, mo
             raise KeyboardInterrupt
         writes.append(name)
         write(name, text)
-    monkeypatch.setattr(configs, "write_atomic", killed)
+    monkeypatch.setattr(nano360.files, "write_atomic", killed)
     if done < 3:
         with pytest.raises(KeyboardInterrupt):
             write_sealed(path, {"n": 2})
     else:
         write_sealed(path, {"n": 2})
         assert len(path.with_name("manifest.json.sha256").read_text().splitlines()) == 1
-    assert read_sealed(path, configs.DATA) == {"n": 1 if done < 2 else 2}
+    assert read_sealed(path, nano360.config.DATA) == {"n": 1 if done < 2 else 2}
 
 
-@pytest.mark.parametrize("code", [configs.DATA, configs.CHECKPOINT])
+@pytest.mark.parametrize("code", [nano360.config.DATA, nano360.config.CHECKPOINT])
 def test_sealed_json_that_was_tampered_with(tmp_path, code):
     path, seal = tmp_path / "a.json", tmp_path / "a.json.sha256"
     write_sealed(path, {"lr": 0.001, "n": [1, 2, 3]})
@@ -535,7 +538,7 @@ def test_sealed_json_that_was_tampered_with(tmp_path, code):
     for i in range(len(good)):  # one bit, anywhere
         path.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1:])
         said = complaint()
-        assert str(path) in said and "changed" in said and configs.sha256_file(path) in said
+        assert str(path) in said and "changed" in said and sha256_file(path) in said
     for text in (good[:-1], good + b"\n", b""):
         path.write_bytes(text)
         assert "changed" in complaint()
@@ -559,16 +562,16 @@ def ends(error: BaseException | None, argv: tuple[str, ...] = ()) -> int:
     def main(argv):
         if error is not None:
             raise error
-    return configs.run(main, "", [], list(argv))
+    return nano360.config.run(main, "", [], list(argv))
 
 
 @pytest.mark.parametrize("error, code, said", [
     (None, 0, ""),
-    (Stop(configs.USAGE, "one\ntwo"), 2, "error: one\nerror: two\n"),
-    (Stop(configs.DATA, "x"), 3, "error: x\n"),
-    (Stop(configs.CHECKPOINT, "x"), 4, "error: x\n"),
-    (Stop(configs.NUMERICAL, "x"), 5, "error: x\n"),
-    (Stop(configs.ENVIRONMENT, "x"), 6, "error: x\n"),
+    (Stop(nano360.config.USAGE, "one\ntwo"), 2, "error: one\nerror: two\n"),
+    (Stop(nano360.config.DATA, "x"), 3, "error: x\n"),
+    (Stop(nano360.config.CHECKPOINT, "x"), 4, "error: x\n"),
+    (Stop(nano360.config.NUMERICAL, "x"), 5, "error: x\n"),
+    (Stop(nano360.config.ENVIRONMENT, "x"), 6, "error: x\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
     (Stop(143, "x"), 143, "x\n"),
     (OSError(28, "No space left on device", "data/x"), 4,
@@ -587,7 +590,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 def test_debug_adds_the_traceback_and_reaches_no_stage(capsys):
     seen = []
-    assert configs.run(seen.append, "", [], ["a.py", "--debug", "--x=1"]) == 0
+    assert nano360.config.run(seen.append, "", [], ["a.py", "--debug", "--x=1"]) == 0
     assert seen == [["a.py", "--x=1"]]
     assert ends(Stop(3, "what"), ("--debug",)) == 3
     err = capsys.readouterr().err
@@ -602,10 +605,10 @@ def test_ranks_sign_their_errors(capsys, monkeypatch):
 
 def test_a_reader_that_had_enough_is_no_error():
     """python sample.py ... | head -1"""
-    code = ("import configs, sys\n"
+    code = ("import nano360.config, sys\n"
             "def main(argv):\n"
             "    for _ in range(100_000): print('x' * 100)\n"
-            "sys.exit(configs.run(main, '', [], []))")
+            "sys.exit(nano360.config.run(main, '', [], []))")
     child = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE)
     child.stdout.readline()

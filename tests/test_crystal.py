@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs import CHECKPOINT, ModelConfig, Stop, load
 from conftest import REPO
 from model import Transformer, init_weights, param_groups
+from nano360.config import CHECKPOINT, ModelConfig, Stop, load
 
 C, L, H, F, V, T, R = 60, 3, 5, 47, 83, 29, 6  # D = 12: half of a head rotates
 M, ALPHA, EMB, EPS = 4, 1.7, 3.3, 3e-3

@@ -24,12 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import prepare
 import train
-from configs import CHECKPOINT, Stop, run, sha256_file, write_sealed
-from extras import checkpoints
-from extras.locks import locked
 from model import Transformer
-from soak_kill import checkpoints as checkpoint_folders
-from soak_kill import faults
+from nano360 import checkpoints
+from nano360.config import CHECKPOINT, Stop, run
+from nano360.files import locked, sha256_file, write_sealed
+from soak_kill import checkpoints as checkpoint_folders, faults
 from test_resume import (  # noqa: F401
     REPO, assert_same, go, inside, launch, lines, room, slow_script, small,
     started, step_of)

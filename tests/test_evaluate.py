@@ -25,12 +25,13 @@ import torch
 import evaluate
 import harness
 import prepare
-from configs import CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, Stop, sha256_file
 from conftest import REPO
-from extras import tasks, tokenizers
-from extras.hf_folders import checkpoint_hash
-from extras.place import Place
 from model import Transformer
+from nano360 import tasks, tokenizers
+from nano360.config import CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, Stop
+from nano360.files import sha256_file
+from nano360.hf_folders import checkpoint_hash
+from nano360.place import Place
 
 T = 48  # the context of the small model
 CHECKPOINTS = ("ckpt_998", "ckpt_999", "ckpt_1000")  # in the order of training, not of the alphabet

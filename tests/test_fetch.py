@@ -1,4 +1,4 @@
-"""extras/fetch.py against servers that misbehave: no wrong file is accepted, no token leaves for
+"""hub/fetch.py against servers that misbehave: no wrong file is accepted, no token leaves for
 another host, and every command finishes when it is run again.
 
     pytest tests/test_fetch.py
@@ -27,11 +27,12 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from configs import CHECKPOINT, DATA, USAGE, ModelConfig, Stop
 from conftest import REPO
-from extras import fetch as net
-from extras.fetch import Remote, ask, fetch, fetch_repo, inside, list_hub, list_urls
 from model import Transformer, init_weights
+from nano360.config import CHECKPOINT, DATA, USAGE, ModelConfig, Stop
+from nano360.hub import fetch as net
+from nano360.hub.fetch import ask, fetch, fetch_repo, inside, list_hub, list_urls
+from nano360.sources import Remote
 
 CANARY = "hf_CANARYcanary0123456789"
 BODY = random.Random(0).randbytes(300_000)
@@ -461,14 +462,14 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import configs
-from extras import fetch as net
+from nano360.config import run
+from nano360.hub import fetch as net
 url, path, limit, hub = sys.argv[2:]
 net.HUB, net.SCHEMES, net.TIMEOUT = hub, ("http://127.0.0.",), (5, 20)
 if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 one = net.Remote("f.bin", url, 300_000)
-sys.exit(configs.run(lambda argv: net.fetch(one, Path(path)), "", [], []))
+sys.exit(run(lambda argv: net.fetch(one, Path(path)), "", [], []))
 """
 
 

@@ -39,9 +39,11 @@ from safetensors.torch import load_file  # noqa: E402
 import evaluate  # noqa: E402
 import prepare  # noqa: E402
 import sample  # noqa: E402
-from extras.place import Place  # noqa: E402
-from extras.tokenizers import load_tokenizer  # noqa: E402
 from model import Transformer  # noqa: E402
+from nano360.analysis.provenance import documents_of  # noqa: E402
+from nano360.place import Place  # noqa: E402
+from nano360.rows import chunk_name, read_manifest  # noqa: E402
+from nano360.tokenizers import load_tokenizer  # noqa: E402
 from ranks import ended, forkserver, start, trains  # noqa: E402
 from small import write_inputs  # noqa: E402
 
@@ -160,9 +162,14 @@ def poison(i: int) -> None:
 
 
 def incidents_of(run: Path) -> list[dict]:
-    """Its incidents, with "finite" for the numbers of ranks whose rows were sound."""
+    """Its incidents, with "finite" for the numbers of ranks whose rows were sound, and with the
+    documents of their rows, which 3e72e77 wrote into the file and analyze.py now looks up."""
     lines = read_lines(run / "incidents.jsonl")
+    folder = Path("data/llama")
+    manifest = read_manifest(folder)
     for line in lines:
+        assert line["documents"] is None
+        line["documents"] = documents_of(folder, manifest, chunk_name(line["chunk"]), line["rows"])
         for k in line.keys() & {"loss", "grad_norm"}:
             line[k] = ["finite" if np.isfinite(float(x)) else x for x in line[k]]
     return lines

@@ -23,11 +23,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import extras.place
+import analyze
+import nano360.place
 import train
-from configs import run, sha256_file
 from fault import Faults, faulty, planted
 from model import Transformer
+from nano360.analysis.provenance import documents_of
+from nano360.config import run
+from nano360.files import sha256_file
+from nano360.rows import chunk_name, read_manifest
 from ranks import GOOD, ended, free_port, in_child, start, trains
 from test_train import (TIMINGS, TINY, config_of, hashes, loopback, metrics,  # noqa: F401
                         prepared, room, torchrun)
@@ -141,17 +145,20 @@ def documents_behind(row: list[int]) -> list[set[tuple]]:
 
 def check_documents(incident: dict) -> None:
     """The documents of an incident are those that a search of the sources finds."""
-    certain = 0
+    folder, certain = Path("data/tiny"), 0
+    assert incident["documents"] is None  # analyze.py looks them up
+    documents = documents_of(folder, read_manifest(folder), chunk_name(incident["chunk"]),
+                             incident["rows"])
     for number, row in zip(incident["rows"], rows_of(incident["chunk"], incident["rows"]).tolist(),
                            strict=True):
-        named = [(one["source"], one["file"], one["line"]) for one in incident["documents"]
+        named = [(one["source"], one["file"], one["line"]) for one in documents
                  if one["row"] == number]
         found = documents_behind(row)
         assert len(named) == len(found) and all(
             one in where for one, where in zip(named, found, strict=True)), (number, named, found)
         certain += sum(len(where) == 1 for where in found)
     assert certain >= len(incident["rows"])  # a piece of two words may be in many
-    assert {one["row"] for one in incident["documents"]} == set(incident["rows"])
+    assert {one["row"] for one in documents} == set(incident["rows"])
 
 
 def planted_queue(monkeypatch, queue: list[list[int]], *argv: str) -> Path:
@@ -451,7 +458,27 @@ def test_the_incidents_of_a_deferred_chunk(room):
     for one in both:
         assert one["rows"] == numbers_of(6, 1)
         check_documents(one)
-    assert both[0]["documents"] == both[1]["documents"]
+
+
+def test_batch_names_the_documents_of_an_incident(room, capsys):
+    """Those of the chunk that failed: the step of its number trains another chunk now."""
+    assert go("--on_nonfinite=defer", chunk="1", begin=2) == 0
+    [one, _] = incidents(Path("out/tiny"))
+    capsys.readouterr()
+    assert run(analyze.main, "", [], ["batch", "out/tiny", "--step=6"]) == 0
+    now, said = capsys.readouterr().out.split("nonfinite in launch 0: chunk 001 of epoch 0, ")
+    assert "chunk 002" in now and said.startswith("loss nan; defer\n")
+    folder = Path("data/tiny")
+    documents = documents_of(folder, read_manifest(folder), "train_001.bin", one["rows"])
+    lines = [line.split() for line in said.splitlines()[2:]]
+    assert [int(row) for row, *_ in lines] == one["rows"]
+    for row, source, *names in lines:
+        theirs = [d for d in documents if d["row"] == int(row)]
+        assert [name.rstrip(",") for name in names] == [f"{d['file']}:{d['line']}" for d in theirs]
+        assert source == theirs[0]["source"]
+    Path("out/tiny/incidents.jsonl").write_text('{"kind": "nonfinite", "step": 6}\n[]\n')
+    assert run(analyze.main, "", [], ["batch", "out/tiny", "--step=6"]) == 4
+    assert "incidents.jsonl holds a line that is none of ours" in capsys.readouterr().err
 
 
 def test_no_chunk_is_left(room, capsys):
@@ -576,7 +603,7 @@ def test_the_window_of_a_run_that_goes_on(tmp_path, n, per_visit, sources, bad):
         text += [json.dumps({"kind": "valid", "step": step, "source": str(i), "loss": 9.0})
                  for i in range(sources) if step % per_visit == 0]
     (tmp_path / "metrics.jsonl").write_text("\n".join(text) + "\n")
-    assert extras.records.recent_losses(tmp_path / "metrics.jsonl", n) == losses[-n:]
+    assert nano360.records.recent_losses(tmp_path / "metrics.jsonl", n) == losses[-n:]
 
 
 # ---- the processes themselves --------------------------------------------------------------------
@@ -679,7 +706,7 @@ def test_where_the_time_goes(room, monkeypatch):
             now[0] += took["forward"]
             loss.register_hook(work("backward", lambda gradient: gradient))
         return loss
-    monkeypatch.setattr(extras.place, "time", types.SimpleNamespace(
+    monkeypatch.setattr(nano360.place, "time", types.SimpleNamespace(
         perf_counter=lambda: now[0], monotonic=time.monotonic))
     monkeypatch.setattr(train, "batches", slow_batches)
     monkeypatch.setattr(train, "loss_of", slow_loss)

@@ -28,15 +28,15 @@ from torch.distributed.tensor import DTensor
 
 import analyze
 import train
-from configs import Stop, run
 from conftest import REPO
-from extras import checkpoints, parallel
-from extras.hf_folders import read_config
-from extras.place import owned
 from model import Transformer, shapes_of
+from nano360 import checkpoints
+from nano360.config import Stop, run
+from nano360.hf_folders import read_config
+from nano360.place import owned
+from nano360.scale import parallel
 from ranks import ended, environs, free_port, start, trains
-from soak_kill import checkpoints as checkpoint_folders
-from soak_kill import text_of
+from soak_kill import checkpoints as checkpoint_folders, text_of
 from test_damage import flip, no_large_files
 from test_incidents import (  # noqa: F401
     check_documents, go, in_a_room, incidents, numbers_of, rows_of, state_of)

@@ -16,14 +16,14 @@ import torch
 import analyze
 import prepare
 import train
-from configs import ModelConfig, run
-from extras import figures
-from extras.provenance import documents_of
-from extras.runs import read_record
-from extras.samples import draw
-from extras.tokenizers import load_tokenizer
 from model import Transformer, init_weights
-from prepare import read_manifest
+from nano360.analysis import figures
+from nano360.analysis.provenance import documents_of
+from nano360.analysis.runs import read_record
+from nano360.analysis.samples import draw
+from nano360.config import ModelConfig, run
+from nano360.rows import read_manifest
+from nano360.tokenizers import load_tokenizer
 from ranks import ended, start
 from test_train import TINY, hashes, prepared, room, words  # noqa: F401
 

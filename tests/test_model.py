@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs import CHECKPOINT, ModelConfig, Stop, load
 from conftest import REPO
-from extras.hf_folders import read_config
-from model import (Transformer, align, class_of, flops_per_token, init_weights, param_groups,
-                   pick)
+from model import Transformer, align, class_of, flops_per_token, init_weights, param_groups, pick
+from nano360.config import CHECKPOINT, ModelConfig, Stop, load
+from nano360.hf_folders import read_config
 
 TINY = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_inner=172, vocab_size=320, seq_len=48,
                    norm_eps=3e-5, rope_theta=500.0, init_std=0.15)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import mup
-from configs import ENVIRONMENT, ModelConfig, Stop
 from conftest import REPO
 from model import Transformer, class_of, init_weights, param_groups, tensor_classes
 from mup import MODELS, WIDTHS, activations, average, coordinates, exponents, widened
+from nano360.config import ENVIRONMENT, ModelConfig, Stop
 
 pytestmark = pytest.mark.numeric
 

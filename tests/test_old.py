@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 import analyze
-import configs
 import evaluate
 import prepare
 import sample
 import train
-from configs import run
+from nano360.config import CHECKPOINT, GONE, run
 from small import write_inputs
 from test_golden import GOLDEN, HERE, MODELS, kind, numbers_of, results_of
 
@@ -121,9 +120,9 @@ def test_a_key_that_is_gone_is_still_read(value, room, monkeypatch, capsys):
     record["config"]["train"]["no_more"] = value
     path.write_text(json.dumps(record))
     command = ["llama.py", "--max_steps=4"]
-    assert run(train.main, "", [], command) == configs.CHECKPOINT
+    assert run(train.main, "", [], command) == CHECKPOINT
     assert "unknown key 'no_more'" in capsys.readouterr().err
-    monkeypatch.setitem(configs.GONE, "no_more", "none")
+    monkeypatch.setitem(GONE, "no_more", "none")
     assert run(train.main, "", [], command) == 0
     said = capsys.readouterr().out
     assert said.count("no_more") == (value == "some")

@@ -32,11 +32,10 @@ import model as model_file
 import parity
 import prepare
 import train
-from configs import load
-from extras.checkpoints import moments_of
-from extras.place import DIMS, Clock, Place, exchange
-from model import (IGNORE, Block, Norm, Transformer, init_weights, local, param_groups,
-                   rope_tables)
+from model import IGNORE, Block, Norm, Transformer, init_weights, local, param_groups, rope_tables
+from nano360.checkpoints import moments_of
+from nano360.config import load
+from nano360.place import DIMS, Clock, Place, exchange
 from parity import (VARIANTS, config_of, differences, equal, optimizer_of, place_of, reference,
                     spread, together, trained)
 from test_stages import ONE
@@ -82,7 +81,7 @@ def odd_tables(runner: object, config: object) -> list[str]:
 def tables_left_empty(config: object, place: Place) -> list[str]:
     """odd_tables where nobody fills them again after to_empty()."""
     real = {kind: kind.set_tables for kind in {Transformer, *(
-        [sys.modules["extras.parallel"].Stage] if "extras.parallel" in sys.modules else [])}}
+        [parallel.Stage] if (parallel := sys.modules.get("nano360.scale.parallel")) else [])}}
     try:
         for kind, fill in real.items():
             def once(self, fill=fill):
@@ -167,7 +166,7 @@ def on_fsdp2(fim: np.ndarray, masked: np.ndarray) -> dict:
     copies = dataclasses.replace(place, mesh=init_device_mesh("cpu", (1, 2, 1, 1),
                                                               mesh_dim_names=DIMS))
     found["ddp"] = together(config_of(VARIANTS["grouped"], "dp2"), copies, STEPS)
-    found["imported"] = "extras.parallel" in sys.modules
+    found["imported"] = "nano360.scale.parallel" in sys.modules
     return found
 
 
@@ -181,8 +180,8 @@ class Nothing:
 def on_tp2() -> dict:
     layout = "tp2"
     found = {"steps": trained(layout, ["crystal", "compiled"], STEPS)}
-    found["imported"] = "extras.parallel" in sys.modules
-    from extras import parallel
+    found["imported"] = "nano360.scale.parallel" in sys.modules
+    from nano360.scale import parallel
     config, place = config_of(VARIANTS["crystal"], layout), place_of(layout)
     model, runner = parity.build(config, place)
     found["digests"], found["tables"] = digests(model), odd_tables(runner, config)
@@ -214,7 +213,7 @@ def on_tp2() -> dict:
 def on_pp2(folder: str) -> dict:
     layout = "pp2"
     found = {"steps": trained(layout, ["crystal", "micro"], STEPS)}
-    from extras import parallel
+    from nano360.scale import parallel
     config, place = config_of(VARIANTS["crystal"], layout), place_of(layout)
     model, runner = parity.build(config, place)
     found["digests"], found["tables"] = digests(model), odd_tables(runner, config)
@@ -326,7 +325,7 @@ def merged(ranks: list[dict], key: str) -> dict[str, str]:
 
 def stage_of(pp: int, at: int, config: object) -> Transformer:
     """The model as one rank of a pipeline keeps it, without the others."""
-    from extras.parallel import split
+    from nano360.scale.parallel import split
     with torch.device("meta"):
         model = Transformer(config.model)
     split(model, SimpleNamespace(size=lambda dim: {"pp": pp}.get(dim, 1), at=lambda dim: at),
@@ -519,7 +518,7 @@ def test_7_every_parameter_is_on_one_mesh_and_counted_once(tp2):
 # ---- besides -------------------------------------------------------------------------------------
 
 def test_the_plan_names_every_matrix_and_norm_of_a_block():
-    from extras.parallel import block_plan
+    from nano360.scale.parallel import block_plan
     inside = {name for name, module in Block(config_of({}).model).named_modules()
               if isinstance(module, (nn.Linear, Norm))}
     assert len(inside) == 9 and inside <= block_plan().keys()
@@ -528,7 +527,7 @@ def test_the_plan_names_every_matrix_and_norm_of_a_block():
 
 @alone
 def test_shards_need_no_parallel_py(fsdp2, tp2):
-    """FSDP2 and DDP run without extras/parallel.py; in a process that asked for tp it is there."""
+    """FSDP2 and DDP run without parallel.py; in a process that asked for tp it is there."""
     assert not any(rank["imported"] for rank in fsdp2)
     assert all(rank["imported"] for rank in tp2)
 

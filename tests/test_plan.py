@@ -1,4 +1,4 @@
-"""extras/plan.py: exact where it says so, and within 15 % of what autograd keeps elsewhere."""
+"""scale/plan.py: exact where it says so, and within 15 % of what autograd keeps elsewhere."""
 
 import dataclasses
 import functools
@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_py
-from configs import ENVIRONMENT, USAGE, Config, ModelConfig, Stop, load
 from conftest import REPO
-from extras import plan
-from extras.plan import (GPUS, Layout, PlanOptions, changes, check_fits, choose_layout, count, days,
-                         disk, fits, kept_by_block, layout_errors, layout_of, memory, memory_of,
-                         parameters, print_plan, scratch, steps_of)
 from model import Block, Transformer, flops_per_token, init_weights, rope_tables
+from nano360.config import ENVIRONMENT, USAGE, Config, ModelConfig, Stop, load
+from nano360.layout import Layout, choose_layout, layout_errors, layout_of
+from nano360.scale import plan
+from nano360.scale.plan import (GPUS, changes, check_fits, count, days, disk, fits, kept_by_block,
+                                memory, memory_of, parameters, print_plan, scratch, steps_of)
+from train import PlanOptions
 
 A100, H100, H200 = (GPUS[name][0] for name in ("a100-80", "h100-80", "h200-141"))
 SMALL = ModelConfig(n_layer=1, n_head=4, n_embd=128, n_inner=344, vocab_size=512, seq_len=64)

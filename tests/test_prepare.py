@@ -37,15 +37,16 @@ import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import configs
+import nano360.files
 import prepare
 import soak_prepare
-from configs import DATA, SECTIONS, USAGE, Stop
-from extras import locks, sources, tokenizers, tokens
-from extras.tokenizer_json import tokenizer_files
-from extras.tokenizers import Tokenizer, load_tokenizer
-from extras.tokens import Writer
-from prepare import open_rows, permutation, read_manifest
+from nano360 import sources, tokenizers, tokens
+from nano360.config import CHECKPOINT, DATA, SECTIONS, USAGE, DataConfig, Source, Stop, run
+from nano360.files import is_locked, sha256_file, write_sealed
+from nano360.rows import open_rows, permutation, read_manifest
+from nano360.tokenizer_json import tokenizer_files
+from nano360.tokenizers import Tokenizer, load_tokenizer
+from nano360.tokens import Writer
 
 REPO = Path(prepare.__file__).parent
 DEMO = REPO / "configs" / "demo.py"
@@ -61,7 +62,7 @@ EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True,
 def prepare_here(run_file: Path = DEMO, **options) -> int:
     """prepare.py's exit code in the folder we are in, for a small set unless told otherwise."""
     argv = [str(run_file)] + [f"--{k}={v}" for k, v in (SMALL | options).items()]
-    return configs.run(prepare.main, prepare.__doc__, [prepare.PrepareOptions, *SECTIONS.values()],
+    return run(prepare.main, prepare.__doc__, [prepare.PrepareOptions, *SECTIONS.values()],
                        argv)
 
 
@@ -835,7 +836,7 @@ def test_pieces_do_not_depend_on_how_the_text_arrives(size, monkeypatch):
 def test_a_file_in_spans_has_the_ids_of_the_whole(tokenizer, tmp_path, monkeypatch):
     """Whatever parts of it are looked at, a text is cut only where no token crosses."""
     whole, spans, path = pair(tokenizer), [], tmp_path / "a.txt"
-    source, data = configs.Source(name="a", path="a.txt"), configs.DataConfig(
+    source, data = Source(name="a", path="a.txt"), DataConfig(
         dataset="a", n_chunks=1)
     corpus = sources.Corpus(source, [], "text", "", collections.Counter())
     job = types.SimpleNamespace(source=source, data=data)
@@ -866,7 +867,7 @@ def test_lines_of_a_file_in_spans_keep_their_numbers(size, tmp_path, monkeypatch
     monkeypatch.setattr(sources, "PART", 50)
     lines = [json.dumps(dict(text=story(1 + i % 9, i))) if i % 5 else "" for i in range(200)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    source, data = configs.Source(name="a", path="a"), configs.DataConfig(dataset="a", n_chunks=1)
+    source, data = Source(name="a", path="a"), DataConfig(dataset="a", n_chunks=1)
     corpus = sources.Corpus(source, [], "text", "", collections.Counter())
     file, _ = sources.look(sources.File("a.jsonl", tmp_path / "a.jsonl", None, ""), "text", data)
     cut = sources.cut(file, corpus, size)
@@ -1442,9 +1443,9 @@ POINTS = [  # the function, what its first argument ends in, the how manyth call
     (prepare, "write_atomic", "dealt.json", 5, False),
     (prepare, "write_atomic", "dealt.json", 20, True), (prepare, "write_origins", "", 1, False),
     (np, "save", "train_001.bin.npy", 1, False), (prepare, "file_facts", "", 1, True),
-    (configs, "write_atomic", "manifest.json", 1, False),
-    (configs, "write_atomic", "manifest.json", 1, True),
-    (configs, "write_atomic", "manifest.json.sha256", 1, True),
+    (nano360.files, "write_atomic", "manifest.json", 1, False),
+    (nano360.files, "write_atomic", "manifest.json", 1, True),
+    (nano360.files, "write_atomic", "manifest.json.sha256", 1, True),
     (prepare, "sync", "manifest.json", 1, True), (prepare, "sync", "data", 1, False),
     (shutil, "rmtree", "set.part", 1, False)]
 
@@ -1568,19 +1569,19 @@ def test_two_at_once_are_refused_and_a_lock_of_the_dead_is_not(undisturbed, tmp_
             time.sleep(0.01)
         Path("data/here").unlink()
         before = files_of(Path("."))
-        assert prepare_here(Path("mix.py"), dataset="set", **MIX) == configs.CHECKPOINT
+        assert prepare_here(Path("mix.py"), dataset="set", **MIX) == CHECKPOINT
         err = capsys.readouterr().err
         assert f"data/set is in the hands of process {other} on " in err
         assert len(err.splitlines()) == 1 and files_of(Path(".")) == before
-        assert locks.is_locked(Path("data/set"))
+        assert is_locked(Path("data/set"))
         assert prepare_here(Path("mix.py"), dataset="another", **MIX) == 0  # in other hands
     finally:
         os.kill(other, signal.SIGKILL)
     assert ended(other)[0] == -signal.SIGKILL
-    assert Path("data/set.lock").is_file() and not locks.is_locked(Path("data/set"))
+    assert Path("data/set.lock").is_file() and not is_locked(Path("data/set"))
     shutil.rmtree("data/another")
     assert prepare_here(Path("mix.py"), dataset="set", **MIX) == 0
-    assert files_of(Path("data")) == should and not locks.is_locked(Path("data/set"))
+    assert files_of(Path("data")) == should and not is_locked(Path("data/set"))
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
@@ -1599,7 +1600,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: usage)
             capsys.readouterr()
-            assert prepare_here(Path("mix.py"), dataset="set", **MIX) == configs.CHECKPOINT
+            assert prepare_here(Path("mix.py"), dataset="set", **MIX) == CHECKPOINT
         err = capsys.readouterr().err
         assert len(err.splitlines()) == 1 and re.search("data has 1.00 ?kB free", err)
         assert re.search("about [0-9.]+ ?kB are needed", err) and "what is finished stays" in err
@@ -1619,7 +1620,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_rest_is_made_later(
     shutil.copy(root / "mix.py", "mix.py")
     code, err = ended(forked(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
                              workers=workers))
-    assert code == configs.CHECKPOINT and len(err.splitlines()) == 1, err
+    assert code == CHECKPOINT and len(err.splitlines()) == 1, err
     assert err.startswith("error: ") and "File too large" in err
     assert list(Path("data/set.part").rglob(at))
     assert not Path("data/set").exists() and not Path("data/set.lock").exists()
@@ -1631,7 +1632,7 @@ def test_words_beside_hub_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for argv in (["--hub=a/b", "--to=x", "configs/demo.py"], ["demo.py", "--hub=a/b"],
                  ["--hub=a/b"], ["--hub=a/b", "--to="], ["--hub=a/b", "--to=x", "--seq_len=3"]):
-        assert configs.run(prepare.main, "", [prepare.HubOptions], argv) == USAGE
+        assert run(prepare.main, "", [prepare.HubOptions], argv) == USAGE
     err = capsys.readouterr().err.splitlines()
     assert "expected --hub=REPO --to=DIR alone, got 'configs/demo.py'" in err[0]
     assert "'demo.py'" in err[1] and "'to'" in err[2] and "--to" in err[3] and "seq_len" in err[4]
@@ -1679,7 +1680,7 @@ def test_changed_rows_are_refused(copied):
         at = dice.randrange(len(good))
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << dice.randrange(8)]) + good[at + 1:])
         said = unreadable(copied)
-        assert f"{path} was changed" in said and configs.sha256_file(path) in said
+        assert f"{path} was changed" in said and sha256_file(path) in said
         assert manifest["files"]["train_001.bin"]["sha256"] in said
     shutil.copy(copied / "train_000.bin", path)
     assert f"{path} was changed" in unreadable(copied)
@@ -1696,8 +1697,8 @@ def test_an_id_that_the_tokenizer_has_not_is_refused(copied, bad):
     for value in (299, bad):
         rows[2, 5] = value
         rows.tofile(path)
-        manifest["files"][path.name]["sha256"] = configs.sha256_file(path)
-        configs.write_sealed(copied / "manifest.json", manifest)
+        manifest["files"][path.name]["sha256"] = sha256_file(path)
+        write_sealed(copied / "manifest.json", manifest)
         if value == 299:  # the last that it has
             assert open_rows(copied, read_manifest(copied), path.name)[2, 5] == 299
     said = unreadable(copied)
@@ -1732,7 +1733,7 @@ def test_a_set_that_is_not_there_or_of_another_format(copied, capsys):
     assert prepare_here(dataset="gone", verify="true") == DATA
     assert "gone not found" in (err := capsys.readouterr().err) and "prepare.py" in err
     manifest = read_manifest(copied)
-    configs.write_sealed(copied / "manifest.json", manifest | dict(format=99))
+    write_sealed(copied / "manifest.json", manifest | dict(format=99))
     for option in ("verify", "stats"):
         assert prepare_here(dataset="small", **{option: "true"}) == DATA
         err = capsys.readouterr().err

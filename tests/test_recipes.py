@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 
-from configs import Config, load
 from conftest import REPO
 from model import Transformer
+from nano360.config import Config, load
 
 RECIPES = {p.stem: p for p in sorted((REPO / "configs").glob("[!_]*.py"))}
 STAGES = ["crystalcoder_7b_stage1", "crystalcoder_7b_stage2", "crystalcoder_7b_stage3"]

@@ -24,17 +24,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import configs
 import model
+import nano360.files
 import prepare
 import train
-from configs import run
 from conftest import REPO
-from extras import checkpoints, hf_folders, records
-from extras.place import GRACE
+from nano360 import checkpoints, hf_folders, records
+from nano360.config import run
+from nano360.place import GRACE
 from ranks import ended, free_port, start, trains
-from soak_kill import checkpoints as checkpoint_folders
-from soak_kill import faults, steps_of, text_of
+from soak_kill import checkpoints as checkpoint_folders, faults, steps_of, text_of
 from test_train import TIMINGS, TINY, hashes, loopback, words
 
 # 12 visits x 4 steps, of small checkpoints; on a CPU, where the same work gives the same bits.
@@ -254,8 +253,8 @@ def slow_script(room: Path, step: int, seconds: float, save: float = 0.0) -> Pat
 import sys, time
 sys.path.insert(0, {str(REPO)!r})
 import train
-from configs import run
-from extras import checkpoints
+from nano360.config import run
+from nano360 import checkpoints
 real, write, now = train.forward_backward, checkpoints.write, [0]
 def forward_backward(*args):
     now[0] += 1
@@ -404,7 +403,7 @@ STAGES = {  # step of the save; what dies before, half-way through or after whic
     "before syncing": (8, "before", checkpoints, "sync", lambda *_: True),
     "before state.json": (8, "before", checkpoints, "write_sealed", lambda *_: True),
     "between state.json and its seal": (
-        8, "before", configs, "write_atomic", named("state.json.sha256", is_dir=False)),
+        8, "before", nano360.files, "write_atomic", named("state.json.sha256", is_dir=False)),
     "before the rename": (8, "before", Path, "rename", named("ckpt_001.part")),
     "after the rename": (8, "after", Path, "rename", named("ckpt_001.part")),
     "between two renames": (6, "after", Path, "rename", named("last")),

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import sample
-from configs import ModelConfig, run
 from conftest import REPO
-from extras import tokenizers
-from extras.tokenizer_json import tokenizer_files
 from model import Transformer, init_weights
+from nano360 import tokenizers
+from nano360.config import ModelConfig, run
+from nano360.tokenizer_json import tokenizer_files
 
 EXAMPLE = "the cat sat on the mat, and the dog sat on the log.\n\x1b[2J\x07 café 中文\n"
 

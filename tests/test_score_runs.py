@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from configs import CHECKPOINT, ENVIRONMENT, ModelConfig, run
-from extras import records
-from extras.locks import locked
-from extras.tokenizers import load_tokenizer, train_tokenizer
 from harness import save_llama, write_rows
+from nano360 import records
+from nano360.config import CHECKPOINT, ENVIRONMENT, ModelConfig, run
+from nano360.files import locked
+from nano360.tokenizers import load_tokenizer
+from prepare import train_tokenizer
 from ranks import ended, start
 
 CHECKPOINTS = ("ckpt_998", "ckpt_999", "ckpt_1000")  # in the order of training, not of the alphabet

@@ -24,15 +24,14 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import configs
 import evaluate
 import prepare
 import train
-from configs import DATA, ENVIRONMENT, SECTIONS, USAGE, Stop
 from conftest import REPO
-from extras import sources, tokenizers
-from extras.fetch import Remote
-from prepare import open_rows, read_manifest
+from nano360 import sources, tokenizers
+from nano360.config import DATA, ENVIRONMENT, SECTIONS, USAGE, Stop, run
+from nano360.rows import open_rows, read_manifest
+from nano360.sources import Remote
 
 BOS, EOS = 1, 2
 HELD_OUT, HELD_ORDER, FILE_ORDER = -1, 2**32 - 2, 2**32 - 1
@@ -77,7 +76,7 @@ def prepare_here(parts: list[dict] | dict, *words: str, **keys) -> int:
     parts = [dict(name="text") | one for one in ([parts] if isinstance(parts, dict) else parts)]
     given = RUN | dict(tokenizer="small.model", sources=parts) | keys
     Path("run.py").write_text("".join(f"{k} = {v!r}\n" for k, v in given.items()))
-    return configs.run(prepare.main, prepare.__doc__, [prepare.PrepareOptions, *SECTIONS.values()],
+    return run(prepare.main, prepare.__doc__, [prepare.PrepareOptions, *SECTIONS.values()],
                        ["run.py", *words])
 
 
@@ -1004,7 +1003,7 @@ def test_a_release_is_trained_and_scored(room):
 # ---- what is elsewhere ---------------------------------------------------------------------------
 
 class Elsewhere:
-    """A hub and a host of files, in the place of extras/fetch.py; what they were asked for."""
+    """A hub and a host of files, in the place of nano360/hub/fetch.py; what they were asked for."""
 
     def __init__(self, files: dict[str, str]):
         self.files, self.commit, self.calls, self.broken, self.there = files, "c" * 40, [], "", []
@@ -1203,8 +1202,8 @@ def test_a_tokenizer_from_the_hub(elsewhere, model_file, monkeypatch, capfd):
 PEAK = """
 import resource, runpy, sys
 from pathlib import Path
-import extras.tokens
-sys.argv, extras.tokens.BLOCK = ["prepare.py", *sys.argv[1:]], 1 << 20
+import nano360.tokens
+sys.argv, nano360.tokens.BLOCK = ["prepare.py", *sys.argv[1:]], 1 << 20
 try:
     runpy.run_path({path!r}, run_name="__main__")
 except SystemExit as end:
@@ -1256,13 +1255,13 @@ def test_nothing_is_what_was_asked_for(room, capfd):
 def test_a_token_that_is_there_already(room, capfd):
     write(Path("in"), {"a.txt": story(900, 1)})
     for names in ("</s>", "<a> <b> <a>"):
-        said = refused(capfd, configs.USAGE, dict(path="in"), special_tokens=names, vocab_size=500)
+        said = refused(capfd, USAGE, dict(path="in"), special_tokens=names, vocab_size=500)
         assert "special_tokens" in said and names.split()[-1] in said and "defined" in said
 
 
 def test_chunks_are_of_a_release(room, capfd):
     write(Path("in"), {"a.txt": story(900, 1)})
-    assert prepare_here(dict(path="in"), "--chunks=0-1") == configs.USAGE
+    assert prepare_here(dict(path="in"), "--chunks=0-1") == USAGE
     assert "--chunks" in capfd.readouterr().err and not Path("data").exists()
 
 

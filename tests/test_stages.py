@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import prepare
 import train
-from configs import CHECKPOINT, USAGE, Config, Stop, load, run, to_json, write_sealed
 from conftest import REPO
 from model import Transformer
+from nano360.config import CHECKPOINT, USAGE, Config, Stop, load, run, to_json
+from nano360.files import write_sealed
 from test_train import hashes, metrics, words
 
 # Two chunks of four steps a stage. m = 32 / 8 = 4.

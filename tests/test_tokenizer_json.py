@@ -15,17 +15,15 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import configs
 import evaluate
 import prepare
 import sample
-from configs import DATA, ENVIRONMENT, ModelConfig, Stop
 from conftest import REPO
-from extras import tokenizer_json
-from extras import tokenizers as ours
-from extras.tokenizer_json import JsonTokenizer, name_of, tokenizer_files
-from extras.tokenizers import Tokenizer, load_tokenizer
 from model import Transformer, init_weights
+from nano360 import tokenizer_json, tokenizers as ours
+from nano360.config import DATA, ENVIRONMENT, SECTIONS, ModelConfig, Stop, run
+from nano360.tokenizer_json import JsonTokenizer, name_of, tokenizer_files
+from nano360.tokenizers import Tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -322,8 +320,8 @@ def test_rows_are_prepared_with_it(kind, files, tmp_path, monkeypatch):
     argv = [str(REPO / "configs/demo.py"), "--input=a.txt", "--tokenizer=given/tokenizer.json",
             "--vocab_size=384", "--seq_len=16", "--n_chunks=2", "--rows_per_chunk=none",
             "--workers=1", "--valid_rows=0"]
-    assert configs.run(prepare.main, prepare.__doc__,
-                       [prepare.PrepareOptions, *configs.SECTIONS.values()], argv) == 0
+    assert run(prepare.main, prepare.__doc__,
+                       [prepare.PrepareOptions, *SECTIONS.values()], argv) == 0
     data = Path("data/demo")
     assert (data / "tokenizer.json").read_bytes() == files[kind]
     tokenizer = load_tokenizer(data, prepare.read_manifest(data)["tokenizer"]["sha256"])
@@ -356,7 +354,7 @@ def test_without_the_package(files, tmp_path, monkeypatch):
 def test_the_exit_code_without_the_package(checkpoint, monkeypatch, capsys):
     ours.build_tokenizer.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    code = configs.run(sample.main, sample.__doc__, [sample.SampleOptions], [str(checkpoint)])
+    code = run(sample.main, sample.__doc__, [sample.SampleOptions], [str(checkpoint)])
     out, err = capsys.readouterr()
     assert code == 6 and not out and len(err.splitlines()) == 1 and "pip install tokenizers" in err
 
@@ -404,7 +402,7 @@ def test_a_config_that_does_not_fit_is_refused(config, files, tmp_path, capsys):
 def test_the_exit_code_of_a_broken_file(checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path / "ckpt")
     (tmp_path / "ckpt/tokenizer.json").write_text("{")
-    code = configs.run(sample.main, sample.__doc__, [sample.SampleOptions],
+    code = run(sample.main, sample.__doc__, [sample.SampleOptions],
                        [str(tmp_path / "ckpt")])
     out, err = capsys.readouterr()
     assert code == 3 and not out and len(err.splitlines()) == 1 and "tokenizer.json" in err

@@ -16,11 +16,12 @@ import pytest
 import analyze
 import prepare
 import train
-from configs import Stop, load, run, write_sealed
 from conftest import REPO
-from extras.runs import open_run
-from extras.search import find_text, plain, read_wanted, seek, spell
-from extras.tokenizers import load_tokenizer
+from nano360.analysis.runs import open_run
+from nano360.analysis.search import find_text, plain, read_wanted, seek, spell
+from nano360.config import Stop, load, run
+from nano360.files import write_sealed
+from nano360.tokenizers import load_tokenizer
 from test_analyze import plant
 from test_prepare import library
 from test_train import hashes, metrics, prepared, room  # noqa: F401

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 import prepare
 import train
-from configs import Config, load, run, sha256_file, write_sealed
 from conftest import REPO
-from extras import tokenizers
-from extras.place import explain
 from model import Transformer, init_weights
+from nano360 import tokenizers
+from nano360.config import Config, load, run
+from nano360.files import sha256_file, write_sealed
+from nano360.place import explain
 from ranks import free_port
 
 # A run of 4 chunks x 4 steps; --dtype=float32 where numbers are compared with another program's.

@@ -9,7 +9,7 @@ masters, by train.py's own functions; bf16 autocast, or with "fsdp" FSDP2 over t
 casts weights to bf16 once a block. `tok_per_s` is of the median of the steps after two, of which
 the first compiles (`first_s`). `mfu` counts model.py's flops_per_token over the data sheet's peak;
 `of_matmul` the same over the rate of a large bf16 product on this very device. `memory_gb` is the
-allocator's peak in 10^9 bytes, `plan_gb` what extras/plan.py expects. Amber-7B wants 12,458
+allocator's peak in 10^9 bytes, `plan_gb` what nano360/scale/plan.py expects. Amber-7B wants 12,458
 tokens/s on an H100 or H200: 55 % with the embedding counted, an `mfu` of 54. The best published for
 one such GPU is 57.8 %, an 8B model at 4,096 tokens (KempnerForge, H200). Weights are noise, see
 steps.py.
@@ -40,10 +40,11 @@ import torch
 from rows import Options, Part, begin, config_of  # finds the repository
 from steps import Sharded, Steps, alone
 
-from configs import Config, run
-from extras.place import Place
-from extras.plan import Layout, memory
 from model import flops_per_token, peak_flops
+from nano360.config import Config, run
+from nano360.layout import Layout
+from nano360.place import Place
+from nano360.scale.plan import memory
 
 AMBER, SMALLER = "amber-7b", "llama-1.1b"
 MODELS = {  # keys on top of configs/amber_7b.py
@@ -75,7 +76,7 @@ class Setup:
                 + ", fixed segments" * (not self.segments))
 
 
-# The likeliest of each model first. Of 150 GB an H200 has 42 beside Amber's 108. By extras/plan.py
+# The likeliest of each model first. Of 150 GB an H200 has 42 beside Amber's 108. By plan.py
 # blocks keep 9 GB of a row of 2,048 tokens with no recompute, 7 with selective, 1 with full; with
 # none also 13 GB of bf16 weights. More rows at a time are fewer casts of 27 GB of weights, and
 # recompute is up to a third more work.

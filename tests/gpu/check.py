@@ -32,10 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evaluate
 import train
-from configs import Config, run, sha256_file
-from extras.place import Clock, Place
-from extras.plan import Layout, memory
 from model import Transformer, init_weights
+from nano360.config import Config, run
+from nano360.files import sha256_file
+from nano360.layout import Layout
+from nano360.place import Clock, Place
+from nano360.scale.plan import memory
 
 FILES = {"amber": "configs/amber_100m.py", "crystalcoder": "configs/crystalcoder_7b_stage1.py"}
 # Heads of 128 as both originals have; tiny: of 64. Widths are multiples of CrystalCoder's base.
@@ -283,7 +285,7 @@ def peak_of_step(config: Config, place: Place) -> tuple[int, int]:
 
 
 def estimate(part: Part, family: str, compile: bool, recompute: str) -> dict:
-    """extras/plan.py's bill against the allocator's. All but weights, gradients and moments, which
+    """plan.py's bill against the allocator's. All but weights, gradients and moments, which
     are exact, has to be within 15 %: activations, casts of weights, what lives for a moment."""
     config = cut_down(part, family, recompute=recompute, **({} if part.options.tiny else LARGE))
     bill = memory(config, Layout(1, 1, 1, 1, 1, 1), True, compile)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch  # noqa: E402
 
 import train  # noqa: E402
-from configs import SECTIONS, run  # noqa: E402
+from nano360.config import SECTIONS, run  # noqa: E402
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # an operation that has no such form is an error

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from rows import REPO, Options, Part, begin, lines_of, stage  # finds the repository
 
-from configs import key, run
+from nano360.config import key, run
 
 RUN_FILE = "tests/gpu/stdlib_100m.py"
 TINY = dict(n_layer=2, n_head=4, n_embd=64, n_inner=172, vocab_size=512, seq_len=64, n_chunks=2,
@@ -59,7 +59,7 @@ class Work:
 def prepare_text(work: Work) -> dict:
     """Stage 1. On a CPU the library alone would take minutes: a few files of ours do for a try."""
     options = work.part.options
-    source = options.input or (str(REPO / "extras") if options.tiny else None)
+    source = options.input or (str(REPO / "nano360") if options.tiny else None)
     argv = work.words(*[f"--input={source}"] * (source is not None))
     said = stage(work.part, work.folder, "prepare.py", *argv).splitlines()
     return {"ok": True, "said": "; ".join(line for line in said if "chunks of" in line

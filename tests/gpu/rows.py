@@ -32,9 +32,9 @@ sys.path.insert(0, str(REPO))
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 
-from configs import ENVIRONMENT, USAGE, Config, Stop, key, load, load_options  # noqa: E402
-from extras.records import git_state  # noqa: E402
 from model import hardware  # noqa: E402
+from nano360.config import ENVIRONMENT, USAGE, Config, Stop, key, load, load_options  # noqa: E402
+from nano360.records import git_state  # noqa: E402
 
 FAILED = 1  # exit code: a check did not hold
 DONE, WRONG, LATE = "ok", "FAILED", "skipped: time"

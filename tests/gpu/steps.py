@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import train
-from configs import Config
-from extras.place import DIMS, Clock, Place, clip
 from model import Transformer, local, param_groups
+from nano360.config import Config
+from nano360.place import DIMS, Clock, Place, clip
 
 
 class Sharded(Place):

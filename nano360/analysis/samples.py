@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import DATA, Stop
+from nano360.config import DATA, Stop
 
 
 @dataclass(frozen=True)

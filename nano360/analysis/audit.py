@@ -21,17 +21,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from configs import CHECKPOINT, DATA, Stop, say, sha256_file
-from extras.checkpoints import FORMAT, check_shape
-from extras.figures import columns
-from extras.hf_folders import checkpoint_hash, verify
-from extras.locks import is_locked
-from extras.pieces import (BROKEN, Log, checkpoint_files, collect, differs, files_wrong, look,
-                           queue_of, read_log, short)
-from extras.records import lines_hash
-from extras.runs import Run
-from prepare import FORMAT as DATA_FORMAT
-from prepare import chunk_name, data_hash
+from nano360.analysis.figures import columns
+from nano360.analysis.pieces import (BROKEN, Log, checkpoint_files, collect, differs, files_wrong,
+                                     look, queue_of, read_log, short)
+from nano360.analysis.runs import Run
+from nano360.checkpoints import FORMAT, check_shape
+from nano360.config import CHECKPOINT, DATA, Stop, say
+from nano360.files import is_locked, sha256_file
+from nano360.hf_folders import checkpoint_hash, verify
+from nano360.records import lines_hash
+from nano360.rows import FORMAT as DATA_FORMAT, chunk_name, data_hash
 from train import check, lr_at, make_plan
 
 COLUMNS = ("rows", "metrics", "files", "parent")

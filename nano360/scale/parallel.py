@@ -26,10 +26,11 @@ from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInp
                                                PrepareModuleOutput, RowwiseParallel,
                                                SequenceParallel, parallelize_module)
 
-from configs import Config
-from extras.place import Place, owned
-from extras.plan import blocks_of_stage, rows_of
 from model import IGNORE, Transformer, local, row_nats
+from nano360.config import Config
+from nano360.layout import rows_of
+from nano360.place import Place, owned
+from nano360.scale.plan import blocks_of_stage
 
 SEQ, FULL = Shard(1), Replicate()  # of x (B, T, C): each rank some of the tokens, or all of them
 

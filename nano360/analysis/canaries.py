@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import DATA, Stop
-from extras.tokenizers import Tokenizer
-from extras.tokens import Work
+from nano360.config import DATA, Stop
+from nano360.tokenizers import Tokenizer
+from nano360.tokens import Work
 
 FILE = "canaries.json"
 TIMES = (1, 10, 100)  # how often they are planted, as many canaries each

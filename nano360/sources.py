@@ -28,12 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, TextIO
+from urllib.parse import quote
 
 from tqdm import tqdm
 
-from configs import (DATA, ENVIRONMENT, USAGE, DataConfig, Source, Stop, sha256_file,
-                     write_atomic)
-from extras.fetch import Remote, ask, fetch, inside, list_hub, list_urls, shown
+from nano360.config import DATA, ENVIRONMENT, USAGE, DataConfig, Source, Stop
+from nano360.files import sha256_file, write_atomic
 
 TEXT = (".txt .md .rst .tex .html .css .js .ts .py .ipynb .c .h .cc .cpp .hpp .cu .cs .java .go "
         ".kt .rs .rb .php .pl .lua .r .jl .hs .scala .swift .sh .sql").split()
@@ -42,6 +42,17 @@ PACKED = (".gz", ".zst", ".parquet")  # what can only be read from its beginning
 DOWNLOADS = Path("data/downloads")
 PART = 1 << 19  # bytes or characters read at once
 LONGEST = 1 << 27  # characters of a line: a bomb of zeros is longer, and would fill the memory
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file that can be fetched, and what is known of its content."""
+    name: str  # path below the source's root, checked to stay inside
+    url: str
+    size: int | None  # bytes, None: unknown
+    sha256: str = ""  # known for large files of the hub
+    blob: str = ""  # of its small files: git's sha1
+    etag: str = ""  # of a plain URL: what identifies its content
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,7 @@ def find_files(source: Source) -> tuple[list[tuple[str, Path]], str]:
 
 def find_remote(source: Source) -> tuple[str, list[Remote]]:
     """What is at a source's URL or in its data set, and what its content follows from."""
+    from nano360.hub.fetch import ask, list_hub, list_urls
     scheme, _, rest = source.path.partition(":")
     if scheme == "hf":
         repo, _, revision = rest.partition("@")
@@ -170,6 +182,12 @@ def find_remote(source: Source) -> tuple[str, list[Remote]]:
     found = list_urls(rest, source.files) if scheme == "list" else [ask(source.path)]
     facts = "".join(f"{one.url} {one.size} {one.etag}\n" for one in found)
     return hashlib.sha256(facts.encode()).hexdigest(), found
+
+
+def shown(url: str) -> str:
+    """A URL as messages and files may hold it: without user, password, query, escape codes."""
+    bare = re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1", re.split("[?#]", url)[0])
+    return quote(bare, safe="%/:@!$&'()*+,;=~[]")
 
 
 def is_remote(source: Source) -> bool:
@@ -183,6 +201,7 @@ def open_corpus(source: Source, data: DataConfig, listing: Path, made: bool) -> 
     goes on with the same revision. That of a set that is `made` is not written again.
     """
     if is_remote(source):
+        from nano360.hub.fetch import inside
         asked = dict(path=shown(source.path), files=source.files, subset=source.subset)
         kept = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
         if kept.get("asked") != asked and made:
@@ -242,6 +261,7 @@ def at_hand(corpus: Corpus, number: int, data: DataConfig, fetched: bool = True)
         return file
     facts = Path(f"{file.path}.{data.encoding}.part.json")
     if fetched or not facts.is_file():
+        from nano360.hub.fetch import fetch
         fetch(file.remote, file.path)
     if not facts.is_file():
         found, wrong = look(file, corpus.kind, data)

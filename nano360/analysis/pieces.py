@@ -16,11 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs import CHECKPOINT, DATA, USAGE, Config, Stop, read_sealed, sha256_file
-from extras.checkpoints import checkpoints_of
-from extras.records import steady
-from extras.runs import Run, read_record
-from prepare import open_rows
+from nano360.analysis.runs import Run, read_record
+from nano360.checkpoints import checkpoints_of
+from nano360.config import CHECKPOINT, DATA, USAGE, Config, Stop
+from nano360.files import read_sealed, sha256_file
+from nano360.records import steady
+from nano360.rows import open_rows
 from train import Plan, make_plan
 
 # What reading a file that was tampered with can raise.

@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from configs import CHECKPOINT, ModelConfig, Stop, check_model, fill, read_sealed, sha256_file
+from nano360.config import CHECKPOINT, ModelConfig, Stop, check_model, fill
+from nano360.files import read_sealed, sha256_file
 
 LLAMA_KEYS = {  # config.json -> ours
     "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd",

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import DATA, USAGE, Stop, say
-from extras.canaries import overwritten
-from extras.provenance import (Part, epochs_of, is_release, origins_of, shares_stream, stream_rows,
-                               stride_of)
-from extras.tokenizers import JsonTokenizer, Tokenizer
-from prepare import HELD_OUT
+from nano360.analysis.canaries import overwritten
+from nano360.analysis.provenance import (Part, epochs_of, is_release, origins_of, shares_stream,
+                                         stream_rows, stride_of)
+from nano360.config import DATA, USAGE, Stop, say
+from nano360.rows import HELD_OUT
+from nano360.tokenizer_json import JsonTokenizer
+from nano360.tokenizers import Tokenizer
 
 FEWEST = 4  # ids: fewer are found everywhere
 ANCHOR, PLACES = 16, 8  # ids of an anchor; pairs of anchors spread over a text

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from configs import ENVIRONMENT, Config, Stop
-from extras.plan import check_fits, choose_layout, rows_of
 from model import Transformer, choose_device, parameters
+from nano360.config import ENVIRONMENT, Config, Stop
+from nano360.layout import choose_layout, rows_of
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIMS = ("pp", "dp_replicate", "dp_shard", "tp")  # of the mesh; neighbours talk most, so tp is last
@@ -131,7 +131,7 @@ def choose_place(config: Config) -> Place:
     per_node, memory = int(here) if here.isdecimal() else world, 0  # a CPU's is nobody's own
     if kind == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
-    choose_layout(config, world, per_node, None, bf16, compiled)  # errors come before a meeting
+    choose_layout(config, world, per_node, None)  # errors come before a meeting
     # The watch of train.py speaks first, with rank and step; this is for what it cannot end.
     patience = datetime.timedelta(minutes=want.timeout, seconds=5)
     if world > 1:
@@ -139,8 +139,9 @@ def choose_place(config: Config) -> Place:
         least = torch.tensor([per_node, memory], device=device)  # nodes need not be alike, and all
         dist.all_reduce(least, dist.ReduceOp.MIN)  # ranks have to come to the same layout
         per_node, memory = least.tolist()
-    layout = choose_layout(config, world, per_node, memory or None, bf16, compiled)
+    layout = choose_layout(config, world, per_node, memory or None)
     if memory:
+        from nano360.scale.plan import check_fits
         check_fits(config, layout, memory, bf16, compiled, slack=1.2)  # as the plan may be wrong
     sizes = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=DIMS) if world > 1 else None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs import CHECKPOINT, Config, Stop, say
-from extras.sources import PACKED, Corpus
+from nano360.config import CHECKPOINT, Config, Stop, say
+from nano360.sources import PACKED, Corpus
 
 
 def bill(config: Config, corpora: list[Corpus], folder: Path, n_chunks: int) -> None:

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import DATA, USAGE, Stop
-from extras.canaries import FILE as CANARIES
-from extras.canaries import overwritten
-from prepare import HELD_OUT, chunk_name, valid_name
+from nano360.analysis.canaries import FILE as CANARIES, overwritten
+from nano360.config import DATA, USAGE, Stop
+from nano360.rows import HELD_OUT, chunk_name, valid_name
 
 NO_END = 1 << 62  # of a stream's last document: its table does not say where it ends
 

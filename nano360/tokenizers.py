@@ -4,33 +4,32 @@
     ids = tokenizer.encode("some text")         # with neither BOS nor EOS
 
 sentencepiece and tiktoken do the work; here is what the stages need of both in the same words. A
-tokenizer.json, Hugging Face's, is read by extras/tokenizer_json.py.
+tokenizer.json, Hugging Face's, is read by nano360/tokenizer_json.py.
 """
 
 import base64
-import collections
 import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from copy import copy
-from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs import DATA, USAGE, Config, DataConfig, Stop, say, sha256_file, write_atomic
-from extras.fetch import fetch, list_hub
-from extras.sources import DOWNLOADS, Corpus, at_hand, cut, documents, no_documents
-from extras.tokenizer_json import JsonTokenizer
+from nano360.config import DATA, USAGE, Stop
+from nano360.files import sha256_file
+
+if TYPE_CHECKING:
+    from nano360.tokenizer_json import JsonTokenizer
 
 BLOCK = 1 << 20  # characters tokenized at once: bounds memory, and no document is too long
 PIECE = 1 << 11  # the same for sentencepiece, which is twice as fast on what fits the caches
 CUT = re.compile("[^\\s▁] ")  # sentencepiece takes ▁ for a blank
-SAMPLE = 8_000_000  # characters a new tokenizer is trained on
 EOT = "<|endoftext|>"  # what tiktoken calls EOS
-KINDS = {".model": "sentencepiece", ".tiktoken": "tiktoken", ".json": JsonTokenizer.kind}
+KINDS = {".model": "sentencepiece", ".tiktoken": "tiktoken", ".json": "tokenizer_json"}
 # How tiktoken cuts text before merging: the pattern of cl100k_base, for ranks that come as a file.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
            r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
@@ -158,12 +157,14 @@ def with_special(data: bytes, names: list[str]) -> bytes:
 
 
 @functools.lru_cache(maxsize=4)
-def build_tokenizer(kind: str, data: bytes, spec: str) -> Tokenizer | JsonTokenizer:
-    return (JsonTokenizer(data, json.loads(spec)) if kind == JsonTokenizer.kind
-            else Tokenizer(kind, data, json.loads(spec)))
+def build_tokenizer(kind: str, data: bytes, spec: str) -> "Tokenizer | JsonTokenizer":
+    if kind == "tokenizer_json":
+        from nano360.tokenizer_json import JsonTokenizer
+        return JsonTokenizer(data, json.loads(spec))
+    return Tokenizer(kind, data, json.loads(spec))
 
 
-def read_tokenizer(file: str, spec: str) -> Tokenizer | JsonTokenizer:
+def read_tokenizer(file: str, spec: str) -> "Tokenizer | JsonTokenizer":
     """The tokenizer of a file; `spec` is json of what the file cannot say. Raises Stop(DATA)."""
     try:
         return build_tokenizer(KINDS[Path(file).suffix], Path(file).read_bytes(), spec)
@@ -171,7 +172,7 @@ def read_tokenizer(file: str, spec: str) -> Tokenizer | JsonTokenizer:
         raise Stop(DATA, f"tokenizer {file} is truncated or of another kind: {error}") from error
 
 
-def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer | JsonTokenizer:
+def load_tokenizer(path: str | Path, sha256: str = "") -> "Tokenizer | JsonTokenizer":
     """The tokenizer of a file, or of a data set's or checkpoint's folder. Raises Stop(DATA).
 
     In a folder, tokenizer_config.json says whether BOS is put in front, as in Hugging Face's.
@@ -206,30 +207,6 @@ def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer | JsonTokeni
     return tokenizer
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
-    """A sentencepiece BPE model as LLaMA's: byte fallback, no normalization, digits apart.
-
-    Trained on lines, as LLaMA's was, so that a line break stays a byte of its own. The blank that
-    sentencepiece puts in front of a line takes the place of the line's first one.
-    """
-    import sentencepiece
-    lines = (line[1:] if line.startswith(" ") else line for t in texts for line in t.split("\n"))
-    out = BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in lines if line), model_writer=out, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, character_coverage=0.9995,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 20,
-            num_threads=4, minloglevel=2)
-    except RuntimeError as error:
-        reason = str(error).split("] ")[-1].strip()
-        raise Stop(DATA, f"no tokenizer of {vocab_size} pieces can be made of this text: {reason}; "
-                   "give a smaller --vocab_size or more text") from error
-    return out.getvalue()
-
-
 def fim_ids(coder: Tokenizer) -> list[int]:
     """The ids of the marks of prefix, suffix and middle, in either spelling of CrystalCoder's."""
     names = [[f"<|fim_{part}|>", f"<fim_{part}>"] for part in ("prefix", "suffix", "middle")]
@@ -239,85 +216,3 @@ def fim_ids(coder: Tokenizer) -> list[int]:
         raise Stop(USAGE, "fim_rate wants a tokenizer with <|fim_prefix|>, <|fim_suffix|> and "
                    "<|fim_middle|>: name them in special_tokens")
     return ids
-
-
-def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
-    """By the hash of where a document came from: nothing else in the set moves it."""
-    digest = hashlib.sha256(f"{data.seed}/{source}/{file}:{line}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < data.valid_share * 2**64
-
-
-def sample_text(corpus: Corpus, data: DataConfig) -> Iterator[str]:
-    """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
-    limit = SAMPLE * corpus.source.weight / sum(one.weight for one in data.sources)
-    found, size, notes = [], 0, collections.Counter()
-    files = (at_hand(corpus, number, data) for number in range(len(corpus.files)))
-    spans = (span for file in files if file for span in cut(file, corpus, file.size + 1))
-    rest = ((span, one) for span in spans for one in
-            documents(span, corpus.kind, corpus.source, data, [], notes))
-    for span, (line, _, _, parts) in rest:
-        text = next(parts, "")[:1 << 20]  # enough of a long one
-        found.append((is_held_out(data, corpus.source.name, span.name, line), text))
-        size += len(text)
-        if size > limit:
-            break
-    if not any(text.strip() for _, text in found):
-        raise no_documents(corpus)
-    heard = [text for held, text in found if not held]
-    return iter(heard or [text for _, text in found])
-
-
-def tokenizer_file(data: DataConfig) -> str:
-    """The tokenizer's file, fetched from the hub if it is named so."""
-    if not (named := re.fullmatch("hf:([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", data.tokenizer)):
-        return data.tokenizer
-    repo, revision, name = named.groups("")
-    path = DOWNLOADS / re.sub("[^A-Za-z0-9._-]+", "_", f"{repo}@{revision}") / Path(name).name
-    if not path.is_file():
-        _, found = list_hub(repo, revision, name)
-        fetch(found[0], path)
-    return str(path)
-
-
-def choose_tokenizer(config: Config, corpora: list[Corpus], kept: Path) -> Tokenizer:
-    """The tokenizer the run file asks for: trained here, tiktoken's by name, or a file.
-
-    One that is trained is `kept`: a preparation that goes on goes on with it.
-    """
-    data, name, extra = config.data, config.data.tokenizer, config.data.special_tokens.split()
-    if name.startswith("tiktoken:"):
-        import tiktoken
-        try:
-            coder = tiktoken.get_encoding(name.removeprefix("tiktoken:"))
-        except (ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise Stop(DATA, f"--tokenizer={name}: {reason}; give a .tiktoken file") from error
-        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank
-                         for token, rank in coder._mergeable_ranks.items())
-        spec = dict(pattern=coder._pat_str, special_tokens=coder._special_tokens)
-        tokenizer = Tokenizer("tiktoken", ranks, spec)
-    elif name == "bpe":
-        size = config.model.vocab_size - len(extra)
-        if not kept.is_file():
-            say(f"training a tokenizer of {size} pieces")
-            texts = (t for corpus in corpora for t in sample_text(corpus, data))
-            write_atomic(kept, base64.b64encode(train_tokenizer(texts, size)).decode())
-        tokenizer = Tokenizer("sentencepiece", base64.b64decode(kept.read_text()), {})
-    else:
-        tokenizer = load_tokenizer(tokenizer_file(data), data.tokenizer_sha256)
-    if extra:
-        if tokenizer.kind != "sentencepiece":
-            raise Stop(USAGE, "special_tokens can be added to a sentencepiece model only, the "
-                       f"tokenizer is {tokenizer.kind}")
-        try:
-            tokenizer = Tokenizer("sentencepiece", with_special(tokenizer.data, extra), {})
-        except RuntimeError as error:
-            raise Stop(USAGE, f"special_tokens: {str(error).partition(': ')[2]}") from error
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise Stop(DATA, f"tokenizer {name} has {tokenizer.vocab_size} ids, vocab_size "
-                   f"is {config.model.vocab_size}: give --vocab_size={tokenizer.vocab_size}")
-    if data.bos and tokenizer.bos is None:
-        raise Stop(USAGE, f"bos = true, but tokenizer {name} has no BOS")
-    if any(source.fim_rate for source in data.sources):
-        fim_ids(tokenizer)
-    return tokenizer

@@ -2,9 +2,6 @@
 
     python train.py configs/amber_7b.py --plan --world_size=224 --gpu=a100-80 --gpus_per_node=4
 
-Ranks lie in a mesh (pp, dp_replicate, dp_shard, tp), the last one fastest. A rank computes with
-micro_batch_size rows at a time, of those that are left to it of the batch.
-
 How far to trust it. Weights, gradients and moments are exact, tensor by tensor. What a block keeps
 for its backward pass was compared with the bytes that autograd holds on a CPU, eager and by the
 partitioner that inductor uses, in every mode of recompute; so was the peak of a step of a small
@@ -16,11 +13,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
-from configs import ENVIRONMENT, USAGE, Config, ModelConfig, Stop, key, say
 from model import LOSS_LOGITS_GPU, PEAK_FLOPS, flops_per_token, parameters, shapes_of
+from nano360.config import ENVIRONMENT, Config, ModelConfig, Stop, say
+from nano360.layout import Layout, choose_layout, divisors, layout_errors, rows_of
 
 GPUS = {  # memory as the device reports it, less than on the box; dense bfloat16 FLOP/s
     "a100-40": (39.4 * 2**30, PEAK_FLOPS["A100"]),
@@ -37,134 +33,6 @@ MFUS = {  # by flops_per_token, which does not count the embedding; with it each
 MODES = ("none", "selective", "full")  # of recompute, each keeps less
 SHARD_0 = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 SHARD_1 = ("o_proj", "down_proj")  # the dimension of (out, in) that tp cuts; norms it does not
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    plan: bool = key("print what the run will need, and end", False)
-    world_size: int | None = key("GPUs of the plan, in all; none: one node", None, low=1)
-    gpu: Literal[*GPUS] = key("GPU of the plan", "h100-80")
-    gpus_per_node: int = key("GPUs of a node of the plan", 8, low=1)
-    mfu: float | None = key("share of the GPUs' peak that the plan counts on; none: a table", None,
-                            above=0, high=1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many ranks share what. The product but for pp_stages is `world`."""
-    world: int
-    dp_replicate: int
-    dp_shard: int
-    tp: int
-    pp: int
-    pp_stages: int
-
-    @property
-    def dp_world(self) -> int:
-        """Ranks that share the rows of a batch."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 holds the weights: under every layout that is not DDP alone."""
-        return self.world > self.dp_replicate
-
-
-# ---- ranks ---------------------------------------------------------------------------------------
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def nearest(good: list[int], n: int) -> str:
-    """Of ascending numbers the last below n and the first above it, in words."""
-    below, above = [g for g in good if g < n][-1:], [g for g in good if g > n][:1]
-    return " or ".join(f"{one:,}" for one in below + above)
-
-
-def rows_of(config: Config, ranks: int) -> tuple[int, int]:
-    """Rows of a batch on one of so many data-parallel ranks, and of these at a time."""
-    rows = config.optim.batch_size // ranks
-    return rows, min(config.optim.micro_batch_size or rows, rows)
-
-
-def layout_errors(config: Config, layout: Layout) -> list[str]:
-    """What a layout cannot do with this model and batch, a line each."""
-    m, n, tp, pp = config.model, layout.world, layout.tp, layout.pp
-    if n % (tp * pp):
-        up = n // (tp * pp) + 1
-        good = [k * tp * pp for k in range(1, up + 1)]
-        return [f"tp x pp = {tp} x {pp} does not divide {n} ranks: start {nearest(good, n)}, or "
-                "give other --tp and --pp"]
-    if layout.dp_world * tp * pp != n:
-        data = n // (tp * pp)
-        return [f"dp_shard = {layout.dp_shard} does not divide the {data} data-parallel ranks: "
-                f"give --dp_shard={nearest(divisors(data), layout.dp_shard)}"]
-    errors, sizes = [], {"n_head": m.n_head, "n_kv_head": m.n_kv_head or m.n_head,
-                         "n_inner": m.n_inner, "vocab_size": m.vocab_size, "seq_len": m.seq_len}
-    if odd := [f"{name} = {size}" for name, size in sizes.items() if size % tp]:
-        errors.append(f"tp = {tp} does not divide {', '.join(odd)}: give --tp="
-                      f"{nearest(divisors(math.gcd(*sizes.values())), tp)}")
-    stages = pp * layout.pp_stages
-    if pp == 1 and layout.pp_stages > 1:
-        errors.append(f"pp_stages = {layout.pp_stages}, but there is no pipeline: give --pp too, "
-                      "or --pp_stages=1")
-    if m.n_layer < stages:
-        errors.append(f"pp x pp_stages = {stages} stages want a block each, the model has "
-                      f"{m.n_layer}: give fewer")
-    return errors + batch_errors(config, layout)
-
-
-def batch_errors(config: Config, layout: Layout) -> list[str]:
-    """Whether the batch divides into ranks, micro-batches and what a pipeline asks of these."""
-    B, data, pp = config.optim.batch_size, layout.dp_world, layout.pp
-    (rows, micro), want = rows_of(config, layout.dp_world), config.optim.micro_batch_size
-    if B % data:
-        good = [k for k in range(1, rows + (want or 1) + 1) if k % min(want or k, k) == 0]
-        sizes = nearest([k * data for k in good], B)
-        counts = nearest([d * layout.tp * pp for d in divisors(B)], layout.world)
-        return [f"batch_size = {B:,} rows do not divide by {data} data-parallel ranks; nearest "
-                f"batch sizes that do: {sizes}; nearest numbers of ranks for {B:,} rows: {counts}"]
-    if rows % micro:
-        good = [d for d in divisors(rows) if d <= micro][-1]
-        return [f"each of {data} data-parallel ranks has {rows} rows, which do not divide by "
-                f"micro_batch_size = {micro}: give --micro_batch_size={good}"]
-    n, stages = rows // micro, pp * layout.pp_stages
-    odd = layout.pp_stages > 1 and n % pp
-    if pp == 1 or (n >= stages and not odd):
-        return []
-    good = [d for d in divisors(rows) if rows // d >= stages
-            and (layout.pp_stages == 1 or rows // d % pp == 0)][-1:]
-    more = f"in a multiple of {pp}, " if layout.pp_stages > 1 else ""
-    return [f"{stages} pipeline stages want {stages} micro-batches or more, {more}a rank has {n} "
-            f"of {micro} rows: give " + (f"--micro_batch_size={good[0]}" if good else
-                                         f"--batch_size={stages * data} or a multiple of it")]
-
-
-def layout_of(config: Config, world: int, dp_shard: int) -> Layout:
-    """The layout of so many ranks; it is for layout_errors to say whether there can be one."""
-    t = config.train
-    data = max(1, world // (t.tp * t.pp))
-    return Layout(world, max(1, data // dp_shard), dp_shard, t.tp, t.pp, t.pp_stages)
-
-
-def choose_layout(config: Config, world: int, per_node: int, available: float | None, mixed: bool,
-                  compiled: bool) -> Layout:
-    """The layout of a run: the config's, and dp_shard as small as fits where it leaves that open.
-
-    It is 1, what one node has, or all data-parallel ranks: what is between would send weights to
-    other nodes and still not free the most memory. `available` is what a device reports, None
-    where nothing limits it, as on a CPU. Raises Stop(USAGE) for what cannot be laid out.
-    """
-    t = config.train
-    data = max(1, world // (t.tp * t.pp))
-    shards = [t.dp_shard] if t.dp_shard else sorted(
-        n for n in {1, max(1, per_node // t.tp), data} if data % n == 0)
-    tries = [layout_of(config, world, n) for n in shards]
-    if errors := layout_errors(config, tries[0]):
-        raise Stop(USAGE, "\n".join(errors))
-    return tries[0] if available is None else next(
-        (one for one in tries if fits(config, one, available, mixed, compiled)), tries[-1])
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -413,14 +281,17 @@ def gb(n: float) -> str:
     return f"{n / 1e12:,.2f} TB" if n >= 1e12 else f"{n / 1e9:,.1f} GB"
 
 
-def print_plan(config: Config, options: PlanOptions) -> None:
-    """Say what a run on these GPUs takes. Raises Stop(USAGE) for what cannot be laid out."""
-    (available, peak), world = GPUS[options.gpu], options.world_size or options.gpus_per_node
+def print_plan(config: Config, world: int, gpu: str, per_node: int, counted_on: float | None
+               ) -> None:
+    """Say what a run takes on `world` GPUs of a kind in GPUS, `per_node` of them on a node, at a
+    share of their peak that is `counted_on`, or at each of MFUS. Raises Stop(USAGE) for what cannot
+    be laid out, Stop(ENVIRONMENT) for what does not fit."""
+    available, peak = GPUS[gpu]
     mixed, compiled = config.train.dtype != "float32", config.train.compile is not False
-    layout = choose_layout(config, world, options.gpus_per_node, available, mixed, compiled)
+    layout = choose_layout(config, world, per_node, available)
     (rows, micro), kinds = rows_of(config, layout.dp_world), memory(config, layout, mixed, compiled)
     say(f"{parameters(config.model):,} parameters, {kinds['weights'] // 4:,} on a GPU; "
-        f"{world:,} x {options.gpu}, {min(world, options.gpus_per_node)} a node")
+        f"{world:,} x {gpu}, {min(world, per_node)} a node")
     say(f"layout: dp_replicate {layout.dp_replicate}, dp_shard {layout.dp_shard}, tp {layout.tp}, "
         f"pp {layout.pp} x {layout.pp_stages} stages; a rank has {rows} rows of a batch of "
         f"{config.optim.batch_size:,}, {micro} x {config.model.seq_len} tokens at a time; "
@@ -434,12 +305,12 @@ def print_plan(config: Config, options: PlanOptions) -> None:
     say(f"{flops:.4g} FLOPs a token; " + (
         f"{steps:,} steps, {tokens:.5g} tokens, {tokens * flops:.4g} FLOPs in all" if steps else
         "how many tokens, the data decides"))
-    shares = {f"{options.mfu:.1%}": options.mfu} if options.mfu else MFUS
+    shares = {f"{counted_on:.1%}": counted_on} if counted_on else MFUS
     for name, mfu in shares.items():
         speed = mfu * peak * world / flops
         took = f"  {days(config, tokens, world, peak, mfu):>8,.1f} days" if steps else ""
         say(f"  MFU {mfu:>6.1%}  {speed:>11,.0f} tokens/s  {speed / world:>7,.0f} a GPU{took}"
-            + f"  ({name})" * (not options.mfu and "%" not in name))
+            + f"  ({name})" * (not counted_on and "%" not in name))
     say("disk: {} of weights and {} of moments in checkpoints, {} for last/".format(
         *map(gb, (*disk(config), 12 * parameters(config.model)))))
     check_fits(config, layout, available, mixed, compiled)

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, SECTIONS, USAGE, Config, Stop,
-                     from_json, read_sealed, say, to_json, write_atomic)
-from extras.hf_folders import checkpoint_hash
-from extras.place import DIMS, Place
 from model import hardware
+from nano360.config import (CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, SECTIONS, USAGE, Config, Stop,
+                            from_json, say, to_json)
+from nano360.files import read_sealed, write_atomic
+from nano360.hf_folders import checkpoint_hash
+from nano360.place import DIMS, Place
 
 
 QUEUE = ("queue", "deferred", "dropped")  # what run.json and every state.json say of the chunks
@@ -342,12 +343,12 @@ def without(state: dict, visit: int, action: str) -> dict:
 
 
 def failed(journal: Journal, where: dict, action: str, lr: float, place: Place, losses: np.ndarray,
-           norms: np.ndarray, rows: list[int], documents: list[dict] | None) -> None:
+           norms: np.ndarray, rows: list[int]) -> None:
     """Write down and say that a step is not taken. Raises Stop if the run ends with it."""
     dtype = str(place.dtype).removeprefix("torch.")
     journal.incident("nonfinite", where | {
         "action": action, "lr": lr, "dtype": dtype, "loss": [str(x) for x in losses],
-        "grad_norm": [str(x) for x in norms], "rows": rows, "documents": documents})
+        "grad_norm": [str(x) for x in norms], "rows": rows, "documents": None})
     what = (f"step {where['step']}: loss {losses.mean()}, gradient norm {norms.max()}, chunk "
             f"{where['chunk']}, rows {str(rows[:8])[1:-1]}; see incidents.jsonl")
     if action == "stop":

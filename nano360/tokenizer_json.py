@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs import ENVIRONMENT, Stop
+from nano360.config import ENVIRONMENT, Stop
 
-if TYPE_CHECKING:  # extras/tokenizers.py imports this file
+if TYPE_CHECKING:  # nano360/tokenizers.py imports this file
     import tokenizers
 
-    from extras.tokenizers import Tokenizer
+    from nano360.tokenizers import Tokenizer
 
 MAX_BYTES, MAX_IDS = 1 << 28, 1 << 24  # more than any tokenizer has: the file is something else
 # What a tokenizer calls the ends of a text where nothing names them.

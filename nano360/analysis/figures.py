@@ -16,7 +16,7 @@ from types import ModuleType
 
 import numpy as np
 
-from configs import ENVIRONMENT, Stop
+from nano360.config import ENVIRONMENT, Stop
 
 Lines = list[dict]
 WIDE = 12  # columns of a table that fit a terminal

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import CHECKPOINT, DATA, USAGE, Config, Stop, from_json, read_sealed, sha256_file
-from extras.canaries import FILE as CANARIES
-from extras.checkpoints import checkpoints_of
-from prepare import permutation, read_manifest
+from nano360.analysis.canaries import FILE as CANARIES
+from nano360.checkpoints import checkpoints_of
+from nano360.config import CHECKPOINT, DATA, USAGE, Config, Stop, from_json
+from nano360.files import read_sealed, sha256_file
+from nano360.rows import permutation, read_manifest
 from train import Plan, make_plan
 
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from configs import DATA, Stop, say, sha256_file, write_atomic
-from extras.fetch import ask, fetch
+from nano360.config import DATA, Stop, say
+from nano360.files import sha256_file, write_atomic
+from nano360.hub.fetch import ask, fetch
 
 LIMIT = 2**30  # bytes of a file, and of an archive's member, which may claim more than any disk
 Files = list[tuple[str, str]]  # name and text, in the order of the archive

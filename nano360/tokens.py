@@ -27,10 +27,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import DATA, NAME, Config, DataConfig, Source, Stop, sha256_file, write_atomic
-from extras.sources import (Corpus, Span, at_hand, cut, documents, is_remote, no_documents,
-                            read_json, skip_bad)
-from extras.tokenizers import Tokenizer, blocks, fim_ids, is_held_out, read_tokenizer
+from nano360.config import DATA, NAME, Config, DataConfig, Source, Stop
+from nano360.files import sha256_file, write_atomic
+from nano360.rows import open_tokens
+from nano360.sources import (Corpus, Span, at_hand, cut, documents, is_remote, no_documents,
+                             read_json, skip_bad)
+from nano360.tokenizers import Tokenizer, blocks, fim_ids, read_tokenizer
 
 BATCH = 1 << 16  # tokens a worker collects before it writes them
 BLOCK = 1 << 24  # tokens read at once when rows are dealt
@@ -104,6 +106,12 @@ def encode_document(coder: Tokenizer, job: Job, place: str, begins: bool, ends: 
         end = eos if following is None else []
         yield bos + coder.encode_piece(text, begins) + end, len(text.encode())
         text, following, begins, bos = following, next(cuts, None), False, []
+
+
+def is_held_out(data: DataConfig, source: str, file: str, line: int) -> bool:
+    """By the hash of where a document came from: nothing else in the set moves it."""
+    digest = hashlib.sha256(f"{data.seed}/{source}/{file}:{line}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < data.valid_share * 2**64
 
 
 class Writer:
@@ -359,11 +367,6 @@ def read_release(corpus: Corpus, k: int, names: list[str], work: Work
     corpus.notes.update(notes)
     check_bad(corpus, work.config.data)
     return np.concatenate(origin), stretches, notes
-
-
-def open_tokens(path: Path | str, dtype: str) -> np.ndarray:
-    """The tokens of a file, (tokens,); mapped, not read."""
-    return np.memmap(path, dtype, "r") if os.path.getsize(path) else np.zeros(0, dtype)
 
 
 def tables(stream: Stream) -> Iterator[tuple[Stretch, np.ndarray]]:

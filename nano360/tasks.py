@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from configs import DATA, Stop
+from nano360.config import DATA, Stop
 
 # ---- a row -> context (one, or one for each choice), choices, which of them is right -------------
 
@@ -270,7 +270,7 @@ def read_rows(path: Path, read: Callable[[dict], Any]) -> list:
     if not path.is_file():
         raise Stop(DATA, f"{path} not found; expected one json object per line, fields named as on "
                    "the Hugging Face hub: the same command with --fetch gets it, if "
-                   "extras/benchmarks.py names its makers")
+                   "nano360/hub/benchmarks.py names its makers")
     found = []
     try:
         with open(path, encoding="utf-8") as file:  # splitlines() would also cut at U+2028

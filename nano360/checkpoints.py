@@ -33,13 +33,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from configs import (CHECKPOINT, NUMERICAL, ModelConfig, Stop, read_sealed, say, sha256_file, sync,
-                     write_sealed)
-from extras.hf_folders import read_config, verify, weight_files, write_folder
-from extras.place import Place, exchange, owned
-from extras.tokenizer_json import tokenizer_files
-from extras.tokenizers import Tokenizer
 from model import Transformer, local, parameters, shapes_of
+from nano360.config import CHECKPOINT, NUMERICAL, ModelConfig, Stop, say
+from nano360.files import read_sealed, sha256_file, sync, write_sealed
+from nano360.hf_folders import read_config, verify, weight_files, write_folder
+from nano360.place import Place, exchange, owned
+from nano360.rows import TokenizerFiles
 
 FORMAT = 2  # of state.json; 1 had no list of skipped steps, and chunks without epochs as its queue
 LAST, NONE = ("last", "last.old"), -3  # instead of a visit's number they have -2, -1, and nothing
@@ -274,7 +273,7 @@ def unwritten(folder: Path, model: ModelConfig, error: BaseException) -> Stop:
 
 
 def write(out: Path, name: str, read: Callable[[list[str]], Tensors], optimizer: dict[str, Tensors],
-          passing: int, state: dict, model: ModelConfig, tokenizer: Tokenizer) -> None:
+          passing: int, state: dict, model: ModelConfig, tokenizer: TokenizerFiles) -> None:
     """Write one checkpoint, whole or not at all. Raises Stop, and leaves the others as they are.
 
     `read` gives weights by name. `optimizer` is file -> tensors; what ranks have written of it
@@ -284,7 +283,7 @@ def write(out: Path, name: str, read: Callable[[list[str]], Tensors], optimizer:
     try:
         tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": None}
         write_folder(part, model, shapes_of(model), read, tokens, torch.float32, FILE_GB)
-        for file, content in tokenizer_files(tokenizer).items():
+        for file, content in tokenizer.files.items():
             (part / file).write_bytes(content)
         (part / "optimizer").mkdir(exist_ok=True)
         for kind, tensors in optimizer.items():
@@ -333,7 +332,7 @@ class Saver:
     anyone can read, one file after another.
     """
 
-    def __init__(self, out: Path, model: ModelConfig, tokenizer: Tokenizer, parent: str | None,
+    def __init__(self, out: Path, model: ModelConfig, tokenizer: TokenizerFiles, parent: str | None,
                  keep: int | None, place: Place):
         """`parent`: sha256 of the state.json of the checkpoint before the next one."""
         self.out, self.model, self.tokenizer, self.parent = out, model, tokenizer, parent

@@ -19,19 +19,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 from urllib.parse import quote, unquote, urljoin
 
 import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError  # what a body breaks off with, below requests
 
-from configs import (CHECKPOINT, DATA, NAME, USAGE, Stop, fill, key, read_sealed, say,
-                     sha256_file, split_words, sync, write_sealed)
-from extras.locks import locked
+from nano360.config import CHECKPOINT, DATA, NAME, USAGE, Stop, say
+from nano360.files import locked, read_sealed, sha256_file, sync, write_sealed
+from nano360.sources import Remote, shown
 
 HUB = "https://huggingface.co"
 SCHEMES = ("https://",)  # what a URL, also of a redirect, must begin with
@@ -45,24 +45,6 @@ OURS = ("hub.json", "hub.json.sha256")  # what fetch_repo writes itself
 TOKENIZER = ("tokenizer.model", "tokenizer.json")
 BESIDE = (*TOKENIZER, "config.json", "generation_config.json", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    hub: str = key("what to fetch: OWNER/NAME[@REVISION], or datasets/OWNER/NAME[@REVISION]")
-    to: str = key("the folder it is fetched to", pattern=".+")
-    files: str = key("which of its files, as in data/*.parquet; empty: those of a model", "")
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file that can be fetched, and what is known of its content."""
-    name: str  # path below the source's root, checked to stay inside
-    url: str
-    size: int | None  # bytes, None: unknown
-    sha256: str = ""  # known for large files of the hub
-    blob: str = ""  # of its small files: git's sha1
-    etag: str = ""  # of a plain URL: what identifies its content
 
 
 def check_name(name: str) -> str:
@@ -82,12 +64,6 @@ def inside(root: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(root.resolve()):
         raise Stop(DATA, f"{path} leads out of {root}; expected no symlinks: move it away")
     return path
-
-
-def shown(url: str) -> str:
-    """A URL as messages and files may hold it: without user, password, query, escape codes."""
-    bare = re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1", re.split("[?#]", url)[0])
-    return quote(bare, safe="%/:@!$&'()*+,;=~[]")
 
 
 def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -438,12 +414,3 @@ def fetch_repo(spec: str, pattern: str, folder: Path) -> None:
     if "config.json" in {file.name for file in files} and not any(
             (folder / name).exists() for name in TOKENIZER):
         say(f"it came without a tokenizer: give --tokenizer=FILE to whatever reads {folder}")
-
-
-def fetch_command(argv: list[str]) -> None:
-    """prepare.py --hub=REPO[@REVISION] --to=DIR [--files=PATTERN]"""
-    words, given = split_words(argv, get_type_hints(HubOptions))
-    if words:
-        raise Stop(USAGE, f"expected --hub=REPO --to=DIR alone, got {' '.join(words)!r}")
-    options = fill([HubOptions], given)[0]
-    fetch_repo(options.hub, options.files, Path(options.to))

@@ -2,6 +2,7 @@
 
     print_memorized(tokenizer, asked, lines, 7)   # of memorization, with --show_text
     print_parts(run, parts, texts)                # of trace
+    print_documents(run, name, rows, texts)       # of batch
     logged_rows(path, step)                       # what batch holds its rows to
 """
 
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import DATA, Stop
-from extras.figures import columns
-from extras.provenance import Part, chunk_of, documents_of
-from extras.runs import Run
-from extras.samples import Asked
-from extras.search import plain
-from extras.tokenizers import JsonTokenizer, Tokenizer
+from nano360.analysis.figures import columns
+from nano360.analysis.provenance import Part, chunk_of, documents_of
+from nano360.analysis.runs import Run
+from nano360.analysis.samples import Asked
+from nano360.analysis.search import plain
+from nano360.config import CHECKPOINT, DATA, Stop
+from nano360.rows import chunk_name
+from nano360.tokenizer_json import JsonTokenizer
+from nano360.tokenizers import Tokenizer
 
 
 def named(documents: list[dict] | None) -> list[str]:
@@ -86,6 +89,34 @@ def print_parts(run: Run, parts: list[Part], texts: list[str]) -> None:
     print(f"rows {len(rows)}, chunks {len(chunks)}, " + (
         f"{when}, {whose}: {first}" if parts else
         "it is not in the data set, or was left out"))
+
+
+def print_documents(run: Run, name: str, rows: list[int], texts: list[str]) -> None:
+    """A table of rows of the file `name`, with the documents that each was cut from."""
+    of_row: dict[int, list[dict]] = {row: [] for row in rows}
+    for document in documents_of(run.data, run.manifest, name, rows) or ():
+        of_row[document["row"]].append(document)
+    lines = [[row, *named(documents)] for row, documents in of_row.items()]
+    print_rows(["row", "source", "documents"], lines, texts)
+
+
+def print_incidents(run: Run, step: int) -> None:
+    """What incidents.jsonl says of the rows of a step, with their documents. After a chunk was put
+    off, a step of this number trains other rows: each line names the chunk that it is about."""
+    path = run.folder / "incidents.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        for line in map(json.loads, text[:text.rfind("\n") + 1].splitlines()):
+            if line["step"] != step or "rows" not in line:  # a restart has none
+                continue
+            loss = line["loss"] if line["kind"] == "spike" else ", ".join(line["loss"])
+            print(f"{line['kind']} in launch {line['launch']}: chunk {line['chunk']:03d} of epoch "
+                  f"{line['epoch']}, loss {loss}" + f"; {line.get('action')}" * ("action" in line))
+            rows = line["rows"]
+            print_documents(run, chunk_name(line["chunk"]), rows, [""] * len(rows))
+    except (ValueError, LookupError, TypeError) as error:
+        raise Stop(CHECKPOINT, f"{path} holds a line that is none of ours: {error!r}; mend it or "
+                   "move it away") from error
 
 
 def logged_rows(path: Path, step: int) -> str | None:
