@@ -124,11 +124,15 @@ def read_tokenizer_files(folder: Path, manifest: dict) -> TokenizerFiles:
         from nano360.tokenizers import load_tokenizer
         tokenizer = load_tokenizer(folder, spec["sha256"])
         return TokenizerFiles(tokenizer_files(tokenizer), tokenizer.eos, tokenizer.piece_bytes())
-    found = {}
-    for name in {spec["file"], "tokenizer.json", "tokenizer_config.json", PIECE_BYTES}:
+    hashes = {name: manifest["files"][name]["sha256"] for name in (
+        PIECE_BYTES, "tokenizer.json", "tokenizer_config.json")} | {spec["file"]: spec["sha256"]}
+    files = {}
+    for name, expected in hashes.items():
         path = folder / name
-        found[name] = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(found[name]).hexdigest() != manifest["files"][name]["sha256"]:
-            raise Stop(DATA, f"{path} is missing or was changed; prepare it again")
-    sizes = np.load(io.BytesIO(found.pop(PIECE_BYTES)), allow_pickle=False)
-    return TokenizerFiles(found, spec["eos"], sizes)
+        files[name] = path.read_bytes() if path.is_file() else b""
+        digest = hashlib.sha256(files[name]).hexdigest()
+        if digest != expected:
+            raise Stop(DATA, f"{path} is missing or was changed: its sha256 is {digest}, the "
+                       f"manifest says {expected}; prepare the set again")
+    sizes = np.load(io.BytesIO(files.pop(PIECE_BYTES)), allow_pickle=False)
+    return TokenizerFiles(files, spec["eos"], sizes)

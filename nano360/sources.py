@@ -294,6 +294,16 @@ def skip_bad(notes: collections.Counter, limit: int, message: str) -> None:
         raise Stop(DATA, message)
 
 
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """A file's statements, outer ones first. Expressions hold no docstring, and are most of it."""
+    waiting = collections.deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, field, ()))
+
+
 def docstrings(text: str, name: str, notes: collections.Counter) -> Iterator[tuple[int, str]]:
     """(line, text) of a Python file's prose: its docstrings as one document, or its topics."""
     try:
@@ -306,7 +316,7 @@ def docstrings(text: str, name: str, notes: collections.Counter) -> Iterator[tup
         yield from ((v.lineno, v.value) for v in texts if isinstance(v, ast.Constant))
         return
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [(node.body[0].lineno, doc) for node in ast.walk(tree) if isinstance(node, kinds)
+    found = [(node.body[0].lineno, doc) for node in statements(tree) if isinstance(node, kinds)
              if (doc := ast.get_docstring(node))]
     if found:
         found.sort(key=lambda one: one[0])

@@ -31,6 +31,7 @@ from nano360 import tasks, tokenizers
 from nano360.config import CHECKPOINT, DATA, ENVIRONMENT, NUMERICAL, USAGE, ModelConfig, Stop
 from nano360.files import sha256_file
 from nano360.hf_folders import checkpoint_hash
+from nano360.hub import benchmarks
 from nano360.place import Place
 
 T = 48  # the context of the small model
@@ -475,7 +476,7 @@ def test_a_page_is_put_together_again():
 def test_what_is_fetched(here, monkeypatch):
     """The folders of the tasks that are named, before anything is read; nothing unasked."""
     asked = []
-    monkeypatch.setattr(evaluate, "fetch_benchmarks", lambda *args: asked.append(args))
+    monkeypatch.setattr(benchmarks, "fetch_benchmarks", lambda *args: asked.append(args))
     words = [CKPT, "--tasks=crows_pairs_english,truthfulqa_mc2,valid", "--data_dir=fetched"]
     for more in ([], ["--fetch"]):
         with pytest.raises(Stop, match="fetched/crows_pairs/test.jsonl not found"):
@@ -823,7 +824,7 @@ def bad(world) -> Path:
     (bad / "blank.txt").write_text("\n \n")
     (bad / "latin.txt").write_bytes("é".encode("latin-1"))
     for name, size in (("other", 500), ("large", 600)):
-        (bad / f"{name}.model").write_bytes(tokenizers.train_tokenizer(
+        (bad / f"{name}.model").write_bytes(prepare.train_tokenizer(
             [(world / "text/prose/1.txt").read_text()], size))
     shutil.copytree(world / CKPT, bad / "alone")
     for name, data in (("other", "gone"), ("changed", "tiny")):

@@ -80,8 +80,9 @@ def odd_tables(runner: object, config: object) -> list[str]:
 
 def tables_left_empty(config: object, place: Place) -> list[str]:
     """odd_tables where nobody fills them again after to_empty()."""
-    real = {kind: kind.set_tables for kind in {Transformer, *(
-        [parallel.Stage] if (parallel := sys.modules.get("nano360.scale.parallel")) else [])}}
+    parallel = sys.modules.get("nano360.scale.parallel")
+    kinds = {Transformer, parallel.Stage} if parallel else {Transformer}
+    real = {kind: kind.set_tables for kind in kinds}
     try:
         for kind, fill in real.items():
             def once(self, fill=fill):

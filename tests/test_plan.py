@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_py
+import train
 from conftest import REPO
 from model import Block, Transformer, flops_per_token, init_weights, rope_tables
 from nano360.config import ENVIRONMENT, USAGE, Config, ModelConfig, Stop, load
 from nano360.layout import Layout, choose_layout, layout_errors, layout_of
 from nano360.scale import plan
 from nano360.scale.plan import (GPUS, changes, check_fits, count, days, disk, fits, kept_by_block,
-                                memory, memory_of, parameters, print_plan, scratch, steps_of)
+                                memory, memory_of, parameters, scratch, steps_of)
 from train import PlanOptions
 
 A100, H100, H200 = (GPUS[name][0] for name in ("a100-80", "h100-80", "h200-141"))
@@ -43,7 +44,7 @@ def small(**model: typing.Any) -> Config:
 
 def error(config: Config, world: int) -> str:
     with pytest.raises(Stop) as stop:
-        choose_layout(config, world, 8, A100, True, True)
+        choose_layout(config, world, 8, A100)
     assert stop.value.code == USAGE and "\n" not in str(stop.value)
     return str(stop.value)
 
@@ -273,18 +274,35 @@ def test_weights_that_are_gathered():
 
 def test_amber_on_1_8_and_224():
     amber = run("amber_7b", "--recompute=selective", "--micro_batch_size=5")
-    assert choose_layout(amber, 8, 8, A100, True, True) == Layout(8, 1, 8, 1, 1, 1)
-    assert choose_layout(amber, 224, 4, A100, True, True) == Layout(224, 56, 4, 1, 1, 1)
-    one = run("amber_7b", "--recompute=full", "--micro_batch_size=1")
-    assert choose_layout(one, 1, 8, H200, True, True) == Layout(1, 1, 1, 1, 1, 1)
-    assert choose_layout(one, 8, 8, H200, True, True) == Layout(8, 8, 1, 1, 1, 1)  # DDP does
-    assert choose_layout(amber, 8, 8, None, False, False).dp_shard == 1  # a CPU
-    assert choose_layout(amber, 224, 4, 4e10, True, True).dp_shard == 224  # a node is not enough
-    assert choose_layout(run("amber_7b", "--dp_shard=7"), 224, 4, A100, True, True
-                         ) == Layout(224, 32, 7, 1, 1, 1)
+    assert choose_layout(amber, 8, 8, A100) == Layout(8, 1, 8, 1, 1, 1)
+    assert choose_layout(amber, 224, 4, A100) == Layout(224, 56, 4, 1, 1, 1)
+    assert choose_layout(amber, 1, 8, A100) == Layout(1, 1, 1, 1, 1, 1)  # nobody to share with
+    assert choose_layout(amber, 8, 8, None).dp_shard == 1  # a CPU
+    assert choose_layout(amber, 20, 8, A100).dp_shard == 4  # 8 do not divide 20
+    assert choose_layout(run("amber_7b", "--dp_shard=7"), 224, 4, A100) == Layout(
+        224, 32, 7, 1, 1, 1)
     both = run("amber_7b", "--tp=2", "--pp=2", "--micro_batch_size=1")
-    assert choose_layout(both, 32, 8, A100, True, True) == Layout(32, 8, 1, 2, 2, 1)
-    assert choose_layout(both, 32, 8, 4e10, True, True) == Layout(32, 2, 4, 2, 2, 1)
+    assert choose_layout(both, 32, 8, A100) == Layout(32, 8, 1, 2, 2, 1)
+    assert choose_layout(both, 32, 8, 4e10) == Layout(32, 2, 4, 2, 2, 1)
+
+
+def test_the_rule_of_dp_shard_is_printed(capsys):
+    """20 bytes a parameter in 80 % of a GPU: 6,738,415,616 of Amber's are 134.8 GB."""
+    edge = 20 * 6_738_415_616 / 0.8
+    for available, dp_shard in ((edge * 1.001, 1), (edge * 0.999, 4)):
+        assert choose_layout(run(), 8, 4, available).dp_shard == dp_shard
+        said = capsys.readouterr().out
+        assert said.startswith(f"dp_shard {dp_shard}, ") and said.count("\n") == 1
+        assert "20 bytes a parameter are 134.8 GB" in said
+        assert f"80% of a GPU are {available * 0.8 / 1e9:.1f} GB" in said
+    choose_layout(run("amber_7b", "--dp_shard=2"), 8, 4, edge)  # given: there is no rule
+    choose_layout(run(), 8, 8, None)
+    choose_layout(run(), 1, 8, edge)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_gpus_of_the_plan_are_those_of_the_command_line():
+    assert typing.get_args(typing.get_type_hints(PlanOptions)["gpu"]) == tuple(GPUS)
 
 
 @pytest.mark.parametrize("world, sizes, ranks", [
@@ -347,7 +365,7 @@ def test_errors_are_told_together():
 def test_the_smallest_change(flags, world, per_node, available, change):
     """It fits, and nothing before it on the list does."""
     config = run("amber_7b", *flags)
-    layout = choose_layout(config, world, per_node, available, True, True)
+    layout = choose_layout(config, world, per_node, available)
     with pytest.raises(Stop) as stop:
         check_fits(config, layout, available, True, True)
     said = str(stop.value)
@@ -366,8 +384,7 @@ def test_the_smallest_change(flags, world, per_node, available, change):
         assert not fits(one, place, available, True, True)
     if "GPUs" not in change:  # typed in, it is a run that starts
         typed = run("amber_7b", *flags, *change.split())
-        check_fits(typed, choose_layout(typed, world, per_node, available, True, True), available,
-                   True, True)
+        check_fits(typed, choose_layout(typed, world, per_node, available), available, True, True)
 
 
 def test_each_change_saves_memory():
@@ -411,8 +428,7 @@ def test_steps_and_disk_of_other_runs():
 
 def test_the_printed_plan(capsys, monkeypatch):
     def said(*flags: str) -> str:
-        config, options = load([str(REPO / "configs/amber_7b.py"), "--plan", *flags], PlanOptions)
-        print_plan(config, options)
+        assert not train.main([str(REPO / "configs/amber_7b.py"), "--plan", *flags])
         return capsys.readouterr().out
     began = time.monotonic()
     text = said("--world_size=224", "--gpu=a100-80", "--gpus_per_node=4", "--recompute=selective",
@@ -432,6 +448,6 @@ def test_the_printed_plan(capsys, monkeypatch):
 
 def test_the_demo_fits_anywhere():
     demo = run("demo")
-    layout = choose_layout(demo, 8, 8, 4e9, True, False)
+    layout = choose_layout(demo, 8, 8, 4e9)
     assert layout.dp_shard == 1
     check_fits(demo, layout, 4e9, True, False)

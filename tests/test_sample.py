@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare
 import sample
 from conftest import REPO
 from model import Transformer, init_weights
@@ -23,7 +24,7 @@ EXAMPLE = "the cat sat on the mat, and the dog sat on the log.\n\x1b[2J\x07 caf�
 def folder(tmp_path_factory) -> Path:
     """A checkpoint folder with random weights and a tokenizer of its own."""
     path = tmp_path_factory.mktemp("ckpt")
-    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
     tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     model = Transformer(ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, vocab_size=300,
                                     seq_len=64, init_std=0.3))
@@ -59,7 +60,7 @@ def test_draws_follow_the_seed(folder, capsys):
 
 def test_streams_whole_characters():
     """Bytes of one character arrive one by one; nothing is shown until it is whole."""
-    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
     tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     ids = tokenizer.encode("a 🦙 sat")
     parts = list(sample.pieces_of_text(tokenizer, ids[:1], iter(ids[1:])))
@@ -71,7 +72,7 @@ def test_streams_whole_characters():
 
 
 def test_stops_before_eos():
-    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
     tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     ids = tokenizer.encode("the cat")
     shown = sample.pieces_of_text(tokenizer, [], iter([*ids, tokenizer.eos, *ids]))
@@ -83,7 +84,7 @@ def test_stops_before_eos():
     ("mat, a dog", None), ("café", None)])
 def test_stops_before_a_text(stop, left):
     """The text up to `stop`, whatever its tokens; what only began like it is shown after all."""
-    data = tokenizers.train_tokenizer(iter([EXAMPLE * 50]), 300)
+    data = prepare.train_tokenizer(iter([EXAMPLE * 50]), 300)
     tokenizer = tokenizers.Tokenizer("sentencepiece", data, {})
     whole = "the cat sat on the mat, and"
     parts = list(sample.pieces_of_text(tokenizer, [], iter(tokenizer.encode(whole)), stop))

@@ -59,7 +59,7 @@ def story(words: int, seed: int) -> str:
 def model_file(tmp_path_factory) -> Path:
     """A sentencepiece model of 400 pieces."""
     path = tmp_path_factory.mktemp("model") / "small.model"
-    path.write_bytes(tokenizers.train_tokenizer(iter([story(5000, 7)]), 400))
+    path.write_bytes(prepare.train_tokenizer(iter([story(5000, 7)]), 400))
     return path
 
 

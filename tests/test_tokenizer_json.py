@@ -41,7 +41,7 @@ LLAMA_BOS = tokenizers.processors.TemplateProcessing(
 
 def marked() -> Tokenizer:
     """A sentencepiece BPE as LLaMA's."""
-    return Tokenizer("sentencepiece", ours.train_tokenizer(iter([STORY]), 320), {})
+    return Tokenizer("sentencepiece", prepare.train_tokenizer(iter([STORY]), 320), {})
 
 
 def byte_level() -> "tokenizers.Tokenizer":
