@@ -278,7 +278,7 @@ def test_amber_on_1_8_and_224():
     assert choose_layout(amber, 224, 4, A100) == Layout(224, 56, 4, 1, 1, 1)
     assert choose_layout(amber, 1, 8, A100) == Layout(1, 1, 1, 1, 1, 1)  # nobody to share with
     assert choose_layout(amber, 8, 8, None).dp_shard == 1  # a CPU
-    assert choose_layout(amber, 20, 8, A100).dp_shard == 4  # 8 do not divide 20
+    assert choose_layout(amber, 28, 8, A100).dp_shard == 4  # 8 do not divide 28
     assert choose_layout(run("amber_7b", "--dp_shard=7"), 224, 4, A100) == Layout(
         224, 32, 7, 1, 1, 1)
     both = run("amber_7b", "--tp=2", "--pp=2", "--micro_batch_size=1")
@@ -288,16 +288,17 @@ def test_amber_on_1_8_and_224():
 
 def test_the_rule_of_dp_shard_is_printed(capsys):
     """20 bytes a parameter in 80 % of a GPU: 6,738,415,616 of Amber's are 134.8 GB."""
-    edge = 20 * 6_738_415_616 / 0.8
+    edge, amber, given = 20 * 6_738_415_616 / 0.8, run(), run("amber_7b", "--dp_shard=2")
+    capsys.readouterr()
     for available, dp_shard in ((edge * 1.001, 1), (edge * 0.999, 4)):
-        assert choose_layout(run(), 8, 4, available).dp_shard == dp_shard
+        assert choose_layout(amber, 8, 4, available).dp_shard == dp_shard
         said = capsys.readouterr().out
         assert said.startswith(f"dp_shard {dp_shard}, ") and said.count("\n") == 1
         assert "20 bytes a parameter are 134.8 GB" in said
         assert f"80% of a GPU are {available * 0.8 / 1e9:.1f} GB" in said
-    choose_layout(run("amber_7b", "--dp_shard=2"), 8, 4, edge)  # given: there is no rule
-    choose_layout(run(), 8, 8, None)
-    choose_layout(run(), 1, 8, edge)
+    choose_layout(given, 8, 4, edge)  # there is no rule
+    choose_layout(amber, 8, 8, None)
+    choose_layout(amber, 1, 8, edge)
     assert capsys.readouterr().out == ""
 
 
@@ -353,7 +354,7 @@ def test_errors_are_told_together():
 # ---- what fits -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, world, per_node, available, change", [
-    ((), 224, 4, A100, "--micro_batch_size=5"),
+    ((), 224, 4, A100, "--micro_batch_size=2"),
     ((), 8, 8, H100, "--micro_batch_size=7"),
     ((), 1, 8, H200, "--micro_batch_size=2"),
     (("--micro_batch_size=1",), 1, 1, 132e9, "--recompute=selective"),
@@ -442,7 +443,7 @@ def test_the_printed_plan(capsys, monkeypatch):
         assert f"  {kind} " in text
     text = said("--mfu=0.5", "--micro_batch_size=1", "--rows_per_chunk=none", "--recompute=full")
     assert text.count("MFU") == 1 and "the data decides" in text and "8 x h100-80" in text
-    with pytest.raises(Stop, match="smallest change that fits: --micro_batch_size=5"):
+    with pytest.raises(Stop, match="smallest change that fits: --micro_batch_size=2"):
         said("--world_size=224", "--gpu=a100-80", "--gpus_per_node=4", "--recompute=none")
 
 

@@ -28,8 +28,9 @@ import evaluate
 import prepare
 import train
 from conftest import REPO
-from nano360 import sources, tokenizers
+from nano360 import rows, sources
 from nano360.config import DATA, ENVIRONMENT, SECTIONS, USAGE, Stop, run
+from nano360.hub import fetch as net
 from nano360.rows import open_rows, read_manifest
 from nano360.sources import Remote
 
@@ -957,7 +958,7 @@ def test_a_chunk_that_is_being_made_is_waited_for(let_go, room, monkeypatch, cap
     write_release(Path("in"), files)
     folder = made(ROWS, f"--chunks=0-{int(let_go)}", **LIKE)
     (folder / "train_001.bin").unlink(missing_ok=True)
-    monkeypatch.setattr(prepare, "PATIENCE", 0.02)
+    monkeypatch.setattr(rows, "PATIENCE", 0.02)
     old, found = read_manifest(folder), []
     with pytest.raises(Stop, match="train_001.bin is missing"):  # nobody is at work
         open_rows(folder, old, "train_001.bin")
@@ -1044,10 +1045,8 @@ class Elsewhere:
 def elsewhere(room, monkeypatch, model_file) -> Elsewhere:
     there = Elsewhere({f"data/{i}.jsonl": lines_of([story(30, 10 * i + j) for j in range(8)])
                        for i in range(6)})
-    for module in (sources, tokenizers):
-        for name in ("fetch", "list_hub", "list_urls", "ask"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, getattr(there, name))
+    for name in ("fetch", "list_hub", "list_urls", "ask"):
+        monkeypatch.setattr(net, name, getattr(there, name))
     return there
 
 
@@ -1180,8 +1179,8 @@ def test_a_tokenizer_from_the_hub(elsewhere, model_file, monkeypatch, capfd):
     def list_hub(repo, revision, pattern):
         calls.append((repo, revision, pattern))
         return "c" * 40, [Remote(pattern, "https://host/t", None)]
-    monkeypatch.setattr(tokenizers, "list_hub", list_hub)
-    monkeypatch.setattr(tokenizers, "fetch", lambda remote, path: (
+    monkeypatch.setattr(net, "list_hub", list_hub)
+    monkeypatch.setattr(net, "fetch", lambda remote, path: (
         path.parent.mkdir(parents=True, exist_ok=True), path.write_bytes(model_file.read_bytes())))
     digest = hashlib.sha256(model_file.read_bytes()).hexdigest()
     folder = made(dict(path="in"), tokenizer="hf:o/n/sub/t.model", tokenizer_sha256=digest)
