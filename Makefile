@@ -1,4 +1,4 @@
-# make demo: text -> tokens -> model -> sample -> score, on two CPU cores, in a few minutes.
+# make demo: text -> tokens -> model -> sample -> score, on two plain CPU cores in five minutes.
 # make demo-analysis: the demo with strings planted in it, and what its checkpoints remember.
 # make crystal-mini: CrystalCoder's three stages in small, on the same text, in about seven minutes.
 # make test: the whole test suite.
@@ -11,6 +11,7 @@ RUN = .venv/bin/python
 .PHONY: demo demo-analysis crystal-mini test mup proofs
 
 demo: .venv/run
+	@$(RUN) tests/demo_time.py
 	$(RUN) prepare.py configs/demo.py
 	$(RUN) train.py configs/demo.py
 	$(RUN) sample.py out/demo/ckpt_007 --prompt="def read(self, " --max_new_tokens=150
@@ -32,7 +33,7 @@ demo-analysis: .venv/plot
 	$(RUN) train.py configs/demo_canaries.py
 	$(RUN) analyze.py memorization out/demo_canaries --rows=100 --plot
 	$(RUN) analyze.py trace out/demo_canaries --document=prose/threading.py:1
-	$(RUN) analyze.py batch out/demo_canaries --step=500
+	$(RUN) analyze.py batch out/demo_canaries --step=200
 	$(RUN) analyze.py replay out/demo_canaries --verify
 
 # A stage is prepared with the tokenizer of the first and starts from the checkpoint before it.

@@ -179,8 +179,9 @@ class TrainConfig:
         "activation checkpointing, what the backward pass computes again of a block: nothing; all "
         "but matrix products and attention; all", "none", free=True)
     dp_shard: int | None = key("ranks that share one copy of weights, gradients and moments "
-                               "(FSDP2); 1: each has its own (DDP); none: as few as it takes to "
-                               "fit", None, low=1, free=True)
+                               "(FSDP2); 1: each has its own (DDP); none: 1 if 20 bytes a "
+                               "parameter fit in 80 % of a GPU, else the GPUs of a node", None,
+                               low=1, free=True)
     tp: int = key("ranks that share every matrix (tensor parallelism)", 1, low=1, free=True)
     pp: int = key("ranks in a row that share the blocks (pipeline parallelism)", 1, low=1,
                   free=True)

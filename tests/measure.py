@@ -157,7 +157,8 @@ def trace(window: str, stage: str, argv: list[str]) -> dict:
     names = [getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]]
     loaded = {Path(name) for name in names if ours(name)} | {REPO / stage}
     found = {"files": len({name for name, *_ in called}), "functions": len(called),
-             "modules": len(loaded), "nodes": sum(
+             "modules": len(loaded), "names": sorted(
+                 path.relative_to(REPO).as_posix() for path in loaded), "nodes": sum(
                  nodes(ast.parse(path.read_text(encoding="utf-8"))) for path in loaded
                  if path.stat().st_size)}
     if opened:

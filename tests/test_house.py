@@ -186,6 +186,17 @@ def test_what_a_reader_has_to_open(traces, stage):
     assert traces[stage]["functions"] > 20  # so it was seen at all
 
 
+def test_what_is_not_opened(traces):
+    """No wing, so no network either, where nobody asked; no text where ids are enough; and no plan
+    where a run is a run."""
+    for stage, trace in traces.items():
+        assert f"{stage}.py" in trace["names"]
+        assert not [name for name in trace["names"] if name.count("/") > 1], stage
+    for stage in ("train", "sample", "evaluate"):
+        assert not {"nano360/sources.py", "nano360/tokens.py"} & {*traces[stage]["names"]}
+    assert not {"nano360/tokenizers.py", "nano360/tokenizer_json.py"} & {*traces["train"]["names"]}
+
+
 # ---- what no file may hold -----------------------------------------------------------------------
 
 def test_nothing_that_was_promised_not_to_be():
