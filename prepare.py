@@ -35,8 +35,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BytesIO
@@ -49,20 +49,19 @@ from tqdm import tqdm
 
 from nano360.bill import bill
 from nano360.config import (DATA, ENVIRONMENT, SECTIONS, USAGE, Config, DataConfig, Source, Stop,
-                            fill, key, load, run, say, split_words)
+                            columns, fill, key, load, run, say, split_words)
 from nano360.files import hash_json, locked, sha256_file, sync, write_atomic, write_sealed
-from nano360.rows import (FORMAT, HELD_OUT, PIECE_BYTES, chunk_name, data_hash, open_rows,
-                          permutation, read_manifest, valid_name)
+from nano360.rows import (FILE_ORDER, FORMAT, HELD_ORDER, HELD_OUT, PIECE_BYTES, chunk_name,
+                          open_rows, permutation, read_manifest, valid_name)
 from nano360.sources import (DOWNLOADS, Corpus, Span, at_hand, cut, documents, is_remote,
                              no_documents, open_corpus, shown)
 from nano360.tokenizer_json import tokenizer_files
 from nano360.tokenizers import Tokenizer, fim_ids, load_tokenizer, with_special
-from nano360.tokens import (Stream, Work, is_held_out, leave_with_parent, n_rows, read_release,
-                            rows_of, segments, tokenize, write_documents)
+from nano360.tokens import (Stream, Work, file_facts, is_held_out, leave_with_parent, manifest_of,
+                            n_rows, publish, rows_of, segments, tokenize, write_documents)
 
 SAMPLE = 8_000_000  # characters a new tokenizer is trained on
 MAX_EPOCHS = 100  # a source repeated more often than this is a mistake in the numbers
-FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
 SYNC_EVERY = 1 << 30  # bytes dealt to the chunks between two notes of how far it went
 
 
@@ -385,10 +384,7 @@ def show(folder: Path, manifest: dict) -> None:
                       f"{share:.2%}", f"{one['epochs']}", f"{one['valid_rows']:,}", one["licence"]])
     lines.insert(0, ["source", "documents", "MB", "tokens", "B/token", "rows/chunk", "share",
                      "epochs", "valid rows", "licence"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [word.rjust(width) for word, width in zip(line, widths, strict=True)]
-        print("  ".join([line[0].ljust(widths[0]), *cells[1:-1], line[-1]]).rstrip())
+    print("\n".join(columns(lines)))
     for one in manifest["sources"]:
         if notes := ", ".join(f"{k} {v:,}" for k, v in one["notes"].items()):
             print(f"noticed in {one['name']}: {notes}")
@@ -434,26 +430,6 @@ def recipe_of(config: Config, corpora: list[Corpus]) -> dict:
                 **{k: getattr(data, k) for k in keys})
 
 
-def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dict]) -> dict:
-    """The manifest of a set, without its files."""
-    spec, data = work.tokenizer.spec(), work.config.data
-    return dict(format=FORMAT, recipe=recipe, data_hash=data_hash(recipe, spec["sha256"]),
-                tokenizer=spec, seq_len=work.row - 1, dtype=work.dtype, seed=data.seed,
-                n_chunks=data.n_chunks, rows_per_chunk=rows_per_chunk, sources=sources, files={})
-
-
-def file_facts(folder: Path, work: Work, names: Iterable[str] = ()) -> dict[str, dict]:
-    """For the manifest: sha256 and, of those with rows, how many, of some or all files of a set."""
-    names = [*names] or sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
-                               if p.is_file() and not p.name.startswith("manifest.json"))
-    width = work.row * np.dtype(work.dtype).itemsize
-    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
-        hashes = pool.map(lambda name: sha256_file(folder / name), names)
-        return {name: dict(sha256=sha256) | (
-            dict(rows=(folder / name).stat().st_size // width) if name.endswith(".bin") else {})
-            for name, sha256 in zip(names, hashes, strict=True)}
-
-
 def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
     """Fill a folder with the data set; return its manifest."""
     config, data = work.config, work.config.data
@@ -485,99 +461,6 @@ def make(corpora: list[Corpus], recipe: dict, work: Work, out: Path) -> dict:
     return manifest_of(recipe, work, sum(per_chunk), sources) | dict(files=file_facts(out, work))
 
 
-def make_chunk(corpus: Corpus, k: int, manifest: dict, work: Work, out: Path) -> None:
-    """Turn file k of a release into chunk k, and add it to the manifest.
-
-    Amber published no held-out rows: of every source valid_rows are taken out of the first chunk,
-    by seed. All chunks are made of one size, and what is more is left out, as Amber's trainer did.
-    The way back from a row: its line in file k, by the names in provenance/<release>_files.json.
-    """
-    data, names = work.config.data, [one["name"] for one in manifest["sources"]]
-    origin, stretches, notes = read_release(corpus, k, names, work)
-    order = permutation(len(origin), data.seed, HELD_ORDER, k)
-    held, used = np.zeros((2, len(origin)), bool)
-    for s in range(len(names) if k == 0 else 0):
-        held[order[origin[order, 0] == s][:data.valid_rows]] = True
-    free = order[~held[order]]
-    size = manifest["rows_per_chunk"] or data.rows_per_chunk or len(free)
-    if len(free) < max(1, size):
-        raise Stop(DATA, f"{corpus.files[k].path} has {len(origin)} rows, {held.sum()} held out: "
-                   f"fewer than {max(1, size)} to train; give a smaller --rows_per_chunk")
-    used[free[len(free) - size:]], origin[held, 1] = True, HELD_OUT
-    files = [(chunk_name(k), used)] + [(valid_name(name), held & (origin[:, 0] == s))
-                                       for s, name in enumerate(names) if k == 0]
-    edges = np.cumsum([0] + [len(rows) for rows in stretches])
-    for name, mine in files:
-        with open(out / f"{name}.part", "wb") as file:
-            for rows, start, end in zip(stretches, edges[:-1], edges[1:], strict=True):
-                file.write(rows[mine[start:end]].tobytes())
-        np.save(out / "provenance" / f"{name}.npy", origin[mine])
-        sync(out / f"{name}.part")
-        (out / f"{name}.part").rename(out / name)
-    manifest["rows_per_chunk"] = size
-    for s, name in enumerate(() if chunk_name(k) in manifest["files"] else names):  # counted once
-        n, all_rows, n_held = (int((mask & (origin[:, 0] == s)).sum()) for mask in
-                               (used, True, held))
-        if s == len(manifest["sources"]):
-            manifest["sources"].append(manifest["recipe"]["sources"][0] | dict(
-                name=name, licence=corpus.source.licence, documents=0, bytes=0, notes={}, rows=0,
-                all_tokens=0, rows_per_chunk=n, tokens=0, epochs=1, valid_rows=n_held,
-                rows_left_out=0))
-        one = manifest["sources"][s]
-        one.update(rows=one["rows"] + n, tokens=one["tokens"] + n * work.row,
-                   all_tokens=one["all_tokens"] + all_rows * work.row,
-                   notes={kind: one["notes"].get(kind, 0) + notes[kind]
-                          for kind in sorted({*one["notes"], *notes})},
-                   rows_left_out=one["rows_left_out"] + all_rows - n)
-    names = [name for name, _ in files]
-    facts = file_facts(out, work, names + [f"provenance/{name}.npy" for name in names])
-    if changed := [n for n in facts if manifest["files"].get(n, facts[n]) != facts[n]]:
-        raise Stop(DATA, f"{out / changed[0]} is not what it was when it was made before")
-    manifest["files"] |= facts
-
-
-def to_make(corpus: Corpus, n_chunks: int, folder: Path, chosen: str | None) -> list[int]:
-    """Which chunks of a release are to be made: the first, of which rows are held out, and what was
-    asked for; one that was made and let go only if it is named."""
-    first, _, last = (chosen or f"0-{n_chunks - 1}").partition("-")
-    asked, n = range(int(first), int(last or first) + 1), min(n_chunks, len(corpus.files))
-    if not asked or asked[-1] >= n or n_chunks > n:
-        raise Stop(USAGE, f"n_chunks = {n_chunks}, the release has {len(corpus.files)} files: "
-                   f"give a smaller --n_chunks, or --chunks within 0-{n - 1}")
-    made = read_manifest(folder)["files"] if folder.exists() else {}
-    return [k for k in sorted({0, *asked}) if chunk_name(k) not in made or (
-        chosen and k in asked and not (folder / chunk_name(k)).is_file())]
-
-
-def release(corpus: Corpus, recipe: dict, work: Work, out: Path, folder: Path, todo: list[int]
-            ) -> None:
-    """Make the chunks of a release one after the other; each may be trained when it is made."""
-    for k in todo:
-        where = folder if folder.exists() else out
-        manifest = read_manifest(folder) if folder.exists() else manifest_of(recipe, work, 0, [])
-        make_chunk(corpus, k, manifest, work, where)
-        if not folder.exists():
-            (out / "provenance" / f"{corpus.source.name}_files.json").write_text(
-                json.dumps([file.name for file in corpus.files]), encoding="utf-8")
-            manifest["files"] |= file_facts(out, work)
-        write_sealed(where / "manifest.json", manifest)
-        if not folder.exists():
-            publish(out, folder)
-        for path in (work.folder / "work").glob("*.*"):
-            path.unlink()
-        if is_remote(corpus.source) and not work.config.data.keep_downloads:
-            corpus.files[k].path.unlink(missing_ok=True)
-        say(f"{folder / chunk_name(k)} is there: {manifest['rows_per_chunk']:,} rows")
-
-
-def publish(out: Path, folder: Path) -> None:
-    """Give a finished set its name."""
-    for path in out.rglob("*"):
-        sync(path)
-    out.rename(folder)
-    sync(folder.parent)
-
-
 def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
     """Make a data set, or what it still lacks."""
     data, made, part = config.data, folder.exists(), Path(f"{folder}.part")
@@ -602,8 +485,10 @@ def prepare(config: Config, options: PrepareOptions, folder: Path) -> None:
             return
     (work_folder := part / "work").mkdir(parents=True, exist_ok=True)
     try:
-        todo = to_make(corpora[0], data.n_chunks, folder, options.chunks) if (
-            corpora[0].source.rows) else list(range(data.n_chunks))
+        todo = list(range(data.n_chunks))
+        if corpora[0].source.rows:
+            from nano360.hub.release import release, to_make
+            todo = to_make(corpora[0], data.n_chunks, folder, options.chunks)
         bill(config, corpora, part, len(todo))
         tokenizer = choose_tokenizer(config, corpora, work_folder / f"{digest}.tokenizer")
         out, workers = part / digest, data.workers or os.cpu_count() or 1

@@ -24,7 +24,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -472,6 +472,16 @@ def say(line: str) -> None:
     """Print a line, once for all ranks of a torchrun."""
     if os.environ.get("RANK", "0") == "0":
         print(line + "\n", end="", flush=True)  # in one piece: a save may speak at the same time
+
+
+def columns(lines: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a table, heads first: columns of numbers to the right, others to the left."""
+    aligned = []
+    for column in zip(*([str(cell) for cell in line] for line in lines), strict=True):
+        width = max(map(len, column))
+        right = all(re.fullmatch(r"[-+.,%\d]*", cell) for cell in column[1:])
+        aligned.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
+    return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
 def help_text(doc: str, classes: list[type]) -> str:

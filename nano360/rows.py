@@ -22,6 +22,7 @@ from nano360.config import DATA, Stop, say
 from nano360.files import hash_json, is_locked, read_sealed, sha256_file
 
 FORMAT = 1  # of data/<dataset>/: readers refuse another
+FILE_ORDER, HELD_ORDER = 2**32 - 1, 2**32 - 2  # permutations that are no epoch's
 HELD_OUT = -1  # the "epoch" of held-out rows in the provenance tables
 PIECE_BYTES = "piece_bytes.npy"  # (vocab_size,) int64: UTF-8 bytes of text that each id stands for
 PATIENCE = 5.0  # seconds between two looks for a chunk that is being made

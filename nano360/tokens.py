@@ -6,8 +6,7 @@
 A source is read in stretches: spans of its files, half a MB to 64. A worker writes the tokens of
 one, a table of its documents and, last, what it found: a stretch that has all three is finished,
 and no kill makes it be done again. Stretches in their order are the source's stream of tokens,
-whatever worker wrote which. Documents are rewritten here to be filled in the middle (FIM), and the
-rows of a release checked.
+whatever worker wrote which. Documents are rewritten here to be filled in the middle (FIM).
 """
 
 import collections
@@ -16,10 +15,9 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
@@ -27,11 +25,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nano360.config import DATA, NAME, Config, DataConfig, Source, Stop
-from nano360.files import sha256_file, write_atomic
-from nano360.rows import open_tokens
-from nano360.sources import (Corpus, Span, at_hand, cut, documents, is_remote, no_documents,
-                             read_json, skip_bad)
+from nano360.config import DATA, Config, DataConfig, Source, Stop
+from nano360.files import sha256_file, sync, write_atomic
+from nano360.rows import FORMAT, data_hash, open_tokens
+from nano360.sources import (Corpus, Span, at_hand, cut, documents, is_remote, no_documents)
 from nano360.tokenizers import Tokenizer, blocks, fim_ids, read_tokenizer
 
 BATCH = 1 << 16  # tokens a worker collects before it writes them
@@ -192,38 +189,6 @@ def tokenize_job(job: Job) -> dict:
     return writer.close(notes)
 
 
-def what_is_wrong(ids: object, label: object, row: int, limit: int) -> str:
-    """With a row of a release, "" for nothing: `row` ids below `limit`, and a name."""
-    if not isinstance(ids, list) or not {type(i) for i in ids} <= {int}:  # True is none
-        return "no list of ids under 'token_ids'"
-    if len(ids) != row:
-        return f"{len(ids)} ids, expected {row}"
-    if min(ids) < 0 or max(ids) >= limit:
-        return f"an id outside of 0 to {limit - 1}"
-    named = isinstance(label, str) and re.fullmatch(NAME, label)
-    return "" if named else f"source {label!r} is no name"
-
-
-def rows_job(job: Job) -> dict:
-    """Write the rows of a stretch of a release, each checked. In their table the number of the
-    source's name among `labels` stands for that of the span."""
-    if found := intact(job.out):
-        return found
-    notes, labels, writer = collections.Counter(), {}, Writer(job.out, job.dtype)
-    limit = json.loads(job.spec)["vocab_size"]
-    for span in job.spans:
-        for line, row in read_json(span, job.data, notes):
-            row = row if isinstance(row, dict) else {}
-            ids, label = row.get("token_ids"), row.get("source", job.source.name)
-            if wrong := what_is_wrong(ids, label, job.row, limit):
-                skip_bad(notes, job.data.max_bad_documents, f"{span.path}:{line}: {wrong} "
-                         "(--max_bad_documents=N skips such lines)")
-                continue
-            writer.docs += [writer.at, labels.setdefault(label, len(labels)), line, 0, 0]
-            writer.add(ids)
-    return writer.close(notes, list(labels))
-
-
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -350,25 +315,6 @@ def check_bad(corpus: Corpus, data: DataConfig) -> None:
                    f"--max_bad_documents is {data.max_bad_documents}")
 
 
-def read_release(corpus: Corpus, k: int, names: list[str], work: Work
-                 ) -> tuple[np.ndarray, list[np.ndarray], collections.Counter]:
-    """Of file k of a release: (source, epoch 0, line) of every row, (n, 3); the rows, stretch by
-    stretch; and what was noticed. A source is its place in `names`, which grow by those that are
-    new."""
-    origin, stretches, notes = [], [], collections.Counter()
-    jobs = jobs_of(corpus, [k], 0, work)
-    for job, found in ordered(work.pool, rows_job, jobs, 2 * work.workers):
-        names += [name for name in found["labels"] if name not in names]
-        table, index = read_table(job.out), [names.index(name) for name in found["labels"]]
-        index = np.array(index, int)[table[:, 1]]
-        origin.append(np.stack([index, 0 * index, table[:, 2]], axis=1))
-        stretches.append(open_tokens(f"{job.out}.tokens", work.dtype).reshape(-1, work.row))
-        notes.update(found["notes"])
-    corpus.notes.update(notes)
-    check_bad(corpus, work.config.data)
-    return np.concatenate(origin), stretches, notes
-
-
 def tables(stream: Stream) -> Iterator[tuple[Stretch, np.ndarray]]:
     for stretch in stream.stretches:
         yield stretch, read_table(stretch.out) if stretch.table is None else stretch.table
@@ -427,3 +373,33 @@ def write_documents(path: Path, stream: Stream, held: bool | None) -> None:
             mine &= table[:, 3] & GOES_ON == 0
             rows = np.stack([starts, np.array(stretch.numbers, int)[numbers], table[:, 2]], axis=1)
             file.write(rows[mine].astype("<i8").tobytes())
+
+
+# ---- a set that is whole -------------------------------------------------------------------------
+
+def manifest_of(recipe: dict, work: Work, rows_per_chunk: int, sources: list[dict]) -> dict:
+    """The manifest of a set, without its files."""
+    spec, data = work.tokenizer.spec(), work.config.data
+    return dict(format=FORMAT, recipe=recipe, data_hash=data_hash(recipe, spec["sha256"]),
+                tokenizer=spec, seq_len=work.row - 1, dtype=work.dtype, seed=data.seed,
+                n_chunks=data.n_chunks, rows_per_chunk=rows_per_chunk, sources=sources, files={})
+
+
+def file_facts(folder: Path, work: Work, names: Iterable[str] = ()) -> dict[str, dict]:
+    """For the manifest: sha256 and, of those with rows, how many, of some or all files of a set."""
+    names = [*names] or sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")
+                               if p.is_file() and not p.name.startswith("manifest.json"))
+    width = work.row * np.dtype(work.dtype).itemsize
+    with ThreadPoolExecutor() as pool:  # hashing lets the other threads run
+        hashes = pool.map(lambda name: sha256_file(folder / name), names)
+        return {name: dict(sha256=sha256) | (
+            dict(rows=(folder / name).stat().st_size // width) if name.endswith(".bin") else {})
+            for name, sha256 in zip(names, hashes, strict=True)}
+
+
+def publish(out: Path, folder: Path) -> None:
+    """Give a finished set its name."""
+    for path in out.rglob("*"):
+        sync(path)
+    out.rename(folder)
+    sync(folder.parent)

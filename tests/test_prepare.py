@@ -1446,7 +1446,7 @@ POINTS = [  # the function, what its first argument ends in, the how manyth call
     (nano360.files, "write_atomic", "manifest.json", 1, False),
     (nano360.files, "write_atomic", "manifest.json", 1, True),
     (nano360.files, "write_atomic", "manifest.json.sha256", 1, True),
-    (prepare, "sync", "manifest.json", 1, True), (prepare, "sync", "data", 1, False),
+    (tokens, "sync", "manifest.json", 1, True), (tokens, "sync", "data", 1, False),
     (shutil, "rmtree", "set.part", 1, False)]
 
 

@@ -30,7 +30,7 @@ import train
 from conftest import REPO
 from nano360 import rows, sources
 from nano360.config import DATA, ENVIRONMENT, SECTIONS, USAGE, Stop, run
-from nano360.hub import fetch as net
+from nano360.hub import fetch as net, release as release_rows
 from nano360.rows import open_rows, read_manifest
 from nano360.sources import Remote
 
@@ -962,14 +962,14 @@ def test_a_chunk_that_is_being_made_is_waited_for(let_go, room, monkeypatch, cap
     old, found = read_manifest(folder), []
     with pytest.raises(Stop, match="train_001.bin is missing"):  # nobody is at work
         open_rows(folder, old, "train_001.bin")
-    going, done = threading.Event(), prepare.make_chunk
+    going, done = threading.Event(), release_rows.make_chunk
 
     def slow(*args):
         going.set()
         time.sleep(0.3)
         assert not found
         done(*args)
-    monkeypatch.setattr(prepare, "make_chunk", slow)
+    monkeypatch.setattr(release_rows, "make_chunk", slow)
 
     def read():
         going.wait(10)

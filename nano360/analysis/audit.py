@@ -21,12 +21,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nano360.analysis.figures import columns
 from nano360.analysis.pieces import (BROKEN, Log, checkpoint_files, collect, differs, files_wrong,
                                      look, queue_of, read_log, short)
 from nano360.analysis.runs import Run
 from nano360.checkpoints import FORMAT, check_shape
-from nano360.config import CHECKPOINT, DATA, Stop, say
+from nano360.config import CHECKPOINT, DATA, Stop, columns, say
 from nano360.files import is_locked, sha256_file
 from nano360.hf_folders import checkpoint_hash, verify
 from nano360.records import lines_hash

@@ -9,14 +9,13 @@ remembers are those that another one does. Also: scores by source, how many rows
 extract, and canaries. The picture needs matplotlib, an optional package.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from nano360.config import ENVIRONMENT, Stop
+from nano360.config import ENVIRONMENT, Stop, columns
 
 Lines = list[dict]
 WIDE = 12  # columns of a table that fit a terminal
@@ -92,16 +91,6 @@ def correlations(lines: Lines) -> tuple[list, np.ndarray]:
 
 
 # ---- tables --------------------------------------------------------------------------------------
-
-def columns(lines: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a table, heads first: columns of numbers to the right, others to the left."""
-    found = []
-    for column in zip(*([str(cell) for cell in line] for line in lines), strict=True):
-        width = max(map(len, column))
-        right = all(re.fullmatch(r"[-+.,%\d]+", cell) for cell in column[1:])
-        found.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
-    return ["  ".join(line).rstrip() for line in zip(*found, strict=True)]
-
 
 def table(lines: Iterable[Iterable[object]]) -> str:
     return "\n".join(columns(lines))

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nano360.analysis.figures import columns
 from nano360.analysis.provenance import Part, chunk_of, documents_of
 from nano360.analysis.runs import Run
 from nano360.analysis.samples import Asked
 from nano360.analysis.search import plain
-from nano360.config import CHECKPOINT, DATA, Stop
+from nano360.config import CHECKPOINT, DATA, Stop, columns
 from nano360.rows import chunk_name
 from nano360.tokenizer_json import JsonTokenizer
 from nano360.tokenizers import Tokenizer

@@ -12,11 +12,10 @@ the pipeline allocate is counted from their code, not seen. GB is 10^9 bytes.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 
 from model import LOSS_LOGITS_GPU, PEAK_FLOPS, flops_per_token, parameters, shapes_of
 from nano360.config import ENVIRONMENT, Config, ModelConfig, Stop, say
-from nano360.layout import Layout, choose_layout, divisors, layout_errors, rows_of
+from nano360.layout import Layout, choose_layout, rows_of
 
 GPUS = {  # memory as the device reports it, less than on the box; dense bfloat16 FLOP/s
     "a100-40": (39.4 * 2**30, PEAK_FLOPS["A100"]),
@@ -189,68 +188,26 @@ def memory(config: Config, layout: Layout, mixed: bool, compiled: bool) -> dict[
                key=lambda kinds: sum(kinds.values()))
 
 
-def fits(config: Config, layout: Layout, available: float, mixed: bool, compiled: bool) -> bool:
-    return sum(memory(config, layout, mixed, compiled).values()) <= USABLE * available
-
-
-# ---- what to do if it does not fit ---------------------------------------------------------------
-
-def layouts(config: Config, layout: Layout) -> list[tuple[str, Layout]]:
-    """The layout and larger ones, with the flags to type: more shards, more ranks, tp and pp."""
-    n, model, given = layout.world, layout.tp * layout.pp, config.train.dp_shard is not None
-    found = [("", layout)]
-    found += [(f"--dp_shard={d}",
-               dataclasses.replace(layout, dp_shard=d, dp_replicate=layout.dp_world // d))
-              for d in divisors(layout.dp_world) if d > layout.dp_shard]
-    found += [(f"{d * model:,} GPUs" + f" --dp_shard={d}" * given,
-               dataclasses.replace(layout, world=d * model, dp_replicate=1, dp_shard=d))
-              for d in divisors(config.optim.batch_size) if d > layout.dp_world]
-    for tp, pp in ((2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (1, 8)):
-        if tp >= layout.tp and pp >= layout.pp and tp * pp > model and n % (tp * pp) == 0:
-            d = n // (tp * pp)
-            flags = [f"--tp={tp}"] * (tp != layout.tp) + [f"--pp={pp}"] * (pp != layout.pp)
-            found.append((" ".join(flags + [f"--dp_shard={d}"] * given),
-                          dataclasses.replace(layout, tp=tp, pp=pp, dp_replicate=1, dp_shard=d)))
-    return found
-
-
-def changes(config: Config, layout: Layout) -> Iterator[tuple[str, Config, Layout]]:
-    """What can be changed, from the smallest on: the flags, and what they make of the two.
-
-    On the ranks there are, first one thing (a smaller micro-batch, a mode of recompute, more
-    shards), then several. Then the same for each of the larger layouts.
-    """
-    modes, tries = MODES[MODES.index(config.train.recompute):], []
-    for i, (flag, place) in enumerate(layouts(config, layout)):
-        rows, now = rows_of(config, place.dp_world)
-        larger = i * ((place.world, place.tp, place.pp) != (layout.world, layout.tp, layout.pp))
-        for micro in (d for d in divisors(rows) if d <= now):
-            flags = [f"--micro_batch_size={micro}"] * (micro != now)
-            for j, mode in enumerate(modes):
-                every = flags + [f"--recompute={mode}"] * (j > 0) + [flag] * (i > 0)
-                tries.append((larger, len(every) > 1, i, j, micro, " ".join(every), mode, place))
-    for *_, micro, flags, mode, place in sorted(tries, key=lambda one: (*one[:4], -one[4])):
-        one = dataclasses.replace(
-            config, optim=dataclasses.replace(config.optim, micro_batch_size=micro),
-            train=dataclasses.replace(config.train, recompute=mode, tp=place.tp, pp=place.pp))
-        if flags and not layout_errors(one, place):
-            yield flags, one, place
-
-
 def check_fits(config: Config, layout: Layout, available: float, mixed: bool, compiled: bool,
                slack: float = 1.0) -> None:
     """Raises Stop(ENVIRONMENT) if a GPU that reports `available` bytes has too few of them, by a
-    factor of more than `slack`, with the smallest change that helps."""
+    factor of more than `slack`, with what can be turned."""
     kinds = memory(config, layout, mixed, compiled)
-    if sum(kinds.values()) <= slack * USABLE * available:
+    need, usable = sum(kinds.values()), USABLE * available
+    if need <= slack * usable:
         return
-    change = next((flags for flags, one, place in changes(config, layout)
-                   if fits(one, place, available, mixed, compiled)), None)
-    raise Stop(ENVIRONMENT, f"this needs {gb(sum(kinds.values()))} on a GPU, of {gb(available)} "
-               f"{gb(USABLE * available)} can be used ("
-               + ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in kinds.items() if n) + "); "
-               + (f"the smallest change that fits: {change}" if change else
-                  "no micro-batch, recompute or layout makes it fit: it takes a larger GPU"))
+    turned = []
+    micro = rows_of(config, layout.dp_world)[1]
+    if micro > 1:
+        turned.append(f"a --micro_batch_size below {micro}")
+    if config.train.recompute != "full":
+        turned.append("--recompute=full")
+    if layout.dp_shard < layout.dp_world:
+        turned.append(f"a --dp_shard above {layout.dp_shard}")
+    turned.append("more or larger GPUs")
+    parts = ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in kinds.items() if n)
+    raise Stop(ENVIRONMENT, f"this needs {gb(need)} on a GPU, of {gb(available)} {gb(usable)} can "
+               f"be used ({parts}); what makes it smaller: {', '.join(turned)}")
 
 
 # ---- time and disk -------------------------------------------------------------------------------
