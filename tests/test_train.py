@@ -465,6 +465,14 @@ def other_tokenizer() -> None:
     edit_manifest(tokenizer=spec | {"sha256": "f" * 64})
 
 
+def other_words() -> None:
+    Path("data/tiny/tokenizer.json").write_text("{}")
+
+
+def no_piece_bytes() -> None:
+    Path("data/tiny/piece_bytes.npy").unlink()
+
+
 def tampered_manifest() -> None:
     path = Path("data/tiny/manifest.json")
     path.write_text(path.read_text().replace("1337", "1338"))
@@ -497,6 +505,8 @@ BAD = [
     (nothing, ["--vocab_size=299"], 3, ["vocab_size is 299", "300 ids"]),
     (nothing, ["--tokenizer_sha256=" + "a" * 64], 3, ["tokenizer has sha256", "a" * 64]),
     (other_tokenizer, [], 3, ["tokenizer.model", "f" * 64]),
+    (other_words, [], 3, ["tokenizer.json is missing or was changed", "prepare the set again"]),
+    (no_piece_bytes, [], 3, ["piece_bytes.npy is missing or was changed"]),
     (nothing, ["--seq_len=64"], 3, ["seq_len is 64", "the data has 32"]),
     (nothing, ["--n_chunks=5"], 3, ["n_chunks is 5", "the data has 4"]),
     (nothing, ["--batch_size=34"], 3, ["33 rows", "batch of 34"]),
