@@ -5,12 +5,12 @@ their docstrings, which is the English here, the others their code. The stages a
 from its lines. It fixes the model and the tokenizer for all three.
 """
 
-# model: 2,567,296 parameters. CrystalCoder's shape with all its switches, its width divided by 21
-# and its depth by 8, as in demo.py
-n_layer = 4
-n_head = 6  # heads of 32
-n_embd = 192
-n_inner = 512  # 8/3 of n_embd
+# model: 1,119,486 parameters. CrystalCoder's shape with all its switches, its width divided by 32
+# and its depth by 10, as in demo.py
+n_layer = 3
+n_head = 4  # heads of 32
+n_embd = 128
+n_inner = 341  # 8/3 of n_embd, rounded down, as the original's 10,922
 vocab_size = 4096  # 4,092 pieces + 4 special tokens
 seq_len = 256
 norm = "layer"
@@ -20,12 +20,12 @@ rotary_dim = 8  # a quarter of a head, as 32 of 128
 rope_interleaved = True
 tie = True
 
-# muP: the rates and stds are those of width 64, so m = 192 / 64 = 3. CrystalCoder's width is 256,
+# muP: the rates and stds are those of width 64, so m = 128 / 64 = 2. CrystalCoder's width is 256,
 # its std 0.073 and its factor 14.6: with a quarter of the width the std is twice as large, and the
 # factor half, which leaves the product: 0.146 x 7.3 = 0.073 x 14.6.
 mup_base_width = 64
 mup_emb_mult = 7.3
-mup_alpha = 2.22  # logits x 2.22 / 3 = 0.74
+mup_alpha = 2.22  # logits x 2.22 / 2 = 1.11
 init_std = 0.146
 
 # data: a chunk is 150 steps x 8 rows = 1,200 rows; two of them are 300 steps, 0.6M tokens, 1.3

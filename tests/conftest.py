@@ -17,8 +17,8 @@ sys.path.insert(0, str(REPO))
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory, worker_id) -> Path:
-    """The folder of configs/demo.py's whole data set, prepared once for all tests and all workers
-    of pytest-xdist: data/demo."""
+    """The folder of configs/demo.py's data set, data/demo, with twice its rows, so that its prose
+    is repeated; prepared once for all tests and all workers of pytest-xdist."""
     import prepare
     base = tmp_path_factory.getbasetemp()  # a worker's own lies in the one of all
     root = (base if worker_id == "master" else base.parent) / "demo"
@@ -26,7 +26,7 @@ def demo(tmp_path_factory, worker_id) -> Path:
     with open(root / "lock", "w") as lock, contextlib.chdir(root):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not Path("data/demo").is_dir():  # it has this name when it is whole
-            prepare.main([str(REPO / "configs/demo.py")])
+            prepare.main([str(REPO / "configs/demo.py"), "--rows_per_chunk=1024"])
     return root / "data" / "demo"
 
 

@@ -23,8 +23,8 @@ from train import forward_backward, parallelize  # noqa: E402
 
 WARMUP, TIMED = 2, 8  # steps
 # What is not training (preparation, sampling, scoring, the start of four programs) takes as long as
-# so many steps: 45 s where a step takes 0.5 s.
-BESIDE = 90
+# so many steps: 45 s where a step takes 0.3 s.
+BESIDE = 150
 
 
 def seconds_of_a_step(config_file: str) -> tuple[float, int]:
