@@ -33,7 +33,7 @@ demo-analysis: .venv/plot
 	$(RUN) train.py configs/demo_canaries.py
 	$(RUN) analyze.py memorization out/demo_canaries --rows=100 --plot
 	$(RUN) analyze.py trace out/demo_canaries --document=prose/threading.py:1
-	$(RUN) analyze.py batch out/demo_canaries --step=200
+	$(RUN) analyze.py batch out/demo_canaries --step=220
 	$(RUN) analyze.py replay out/demo_canaries --verify
 
 # A stage is prepared with the tokenizer of the first and starts from the checkpoint before it.
