@@ -1,6 +1,6 @@
 # make demo: text -> tokens -> model -> sample -> score, on two plain CPU cores in five minutes.
 # make demo-analysis: the demo with strings planted in it, and what its checkpoints remember.
-# make crystal-mini: CrystalCoder's three stages in small, on the same text, in about seven minutes.
+# make crystal-mini: CrystalCoder's three stages in small, on the same text, in about eight minutes.
 # make test: the whole test suite.
 # make mup: the learning-rate sweep of README.md, about 20 minutes on two cores; writes assets/mup.*.
 # make proofs: what is too slow for the suite. All set up .venv on their first run, nothing twice.
@@ -14,7 +14,7 @@ demo: .venv/run
 	@$(RUN) tests/demo_time.py
 	$(RUN) prepare.py configs/demo.py
 	$(RUN) train.py configs/demo.py
-	$(RUN) sample.py out/demo/ckpt_007 --prompt="def read(self, " --max_new_tokens=150
+	$(RUN) sample.py out/demo/ckpt_007 --prompt="def read(self, " --max_new_tokens=150 --temperature=0.6
 	$(RUN) evaluate.py out/demo/ckpt_007 --tasks=valid
 	@echo
 	@echo "The rows are in data/demo, the run in out/demo: eight checkpoints, metrics.jsonl, run.json."
@@ -24,7 +24,7 @@ demo: .venv/run
 	@echo "     $(RUN) train.py configs/demo.py --dataset=mine --run=mine"
 	@echo "     $(RUN) sample.py out/mine/ckpt_007"
 	@echo "2. the same prompt through the checkpoints of the run, from noise to Python:"
-	@echo "     $(RUN) sample.py out/demo/ckpt_000 --prompt='def read(self, '"
+	@echo "     $(RUN) sample.py out/demo/ckpt_000 --prompt='def read(self, ' --temperature=0.6"
 	@echo "3. another learning rate, in a folder of its own:"
 	@echo "     $(RUN) train.py configs/demo.py --lr=1e-3 --run=demo_lr1e-3"
 
