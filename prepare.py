@@ -84,7 +84,7 @@ class HubOptions:
 
 # ---- the tokenizer -------------------------------------------------------------------------------
 
-def documents_of(corpus: Corpus, data: DataConfig) -> Iterator[tuple[Span, int, Iterator[str]]]:
+def corpus_documents(corpus: Corpus, data: DataConfig) -> Iterator[tuple[Span, int, Iterator[str]]]:
     """(file as one span, line, text in parts) of every document of a source, in order."""
     notes = collections.Counter()  # of what is odd: tokenizing counts it again
     for number in range(len(corpus.files)):
@@ -100,7 +100,7 @@ def sample_text(corpus: Corpus, data: DataConfig) -> list[str]:
     """Text to train a tokenizer on: a source's first documents, without those it will hold out."""
     limit = SAMPLE * corpus.source.weight / sum(source.weight for source in data.sources)
     texts, size = [], 0  # (held out, text)
-    for span, line, parts in documents_of(corpus, data):
+    for span, line, parts in corpus_documents(corpus, data):
         text = next(parts, "")[:1 << 20]  # enough of a long document
         texts.append((is_held_out(data, corpus.source.name, span.name, line), text))
         size += len(text)

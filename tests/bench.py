@@ -58,6 +58,7 @@ from nano360.tokens import Work, leave_with_parent  # noqa: E402
 from prepare import make, recipe_of, train_tokenizer  # noqa: E402
 
 PROMPT, NEW, TOP_K = 32, 256, 50
+STEPS = 64  # in a chunk of configs/demo.py
 SHAPES = [  # vocabulary, batch, type, the ratio that is asked for
     (32000, 1, torch.float32, 1.15), (32000, 1, torch.bfloat16, 1.25),
     (4096, 16, torch.float32, 1.25), (32000, 16, torch.float32, None),
@@ -345,7 +346,7 @@ def saving(pairs: int) -> None:
         for i in range(pairs):
             for way in sorted(took, reverse=i % 2 == 1):  # each is first in turn
                 began = time.process_time()
-                words = [*argv, "--max_steps=64", f"--run={way}_{i}"]
+                words = [*argv, f"--max_steps={STEPS}", f"--run={way}_{i}"]
                 with other_saves(timed if way == "with" else None), (
                         contextlib.redirect_stdout(quiet)):
                     wall = seconds(lambda words=words: train.main(words))
@@ -356,7 +357,7 @@ def saving(pairs: int) -> None:
     (a, a_cpu), (b, b_cpu) = ([statistics.median(one) for one in zip(*times, strict=True)]
                               for times in took.values())
     save, wait = statistics.median(beside), statistics.median(waits)
-    print(f"a chunk of the demo, 64 steps, and its checkpoint of {size / 1e6:.1f} MB, "
+    print(f"a chunk of the demo, {STEPS} steps, and its checkpoint of {size / 1e6:.1f} MB, "
           f"{torch.get_num_threads()} threads, median of {pairs} alternating pairs")
     print(f"with the save {a:.2f} s ({a_cpu:.2f} s of CPU), without {b:.2f} s ({b_cpu:.2f} s): "
           f"{a / b - 1:+.1%} ({a_cpu / b_cpu - 1:+.1%})")
